@@ -1,0 +1,66 @@
+"""StrictFlow across processes: one live state that many processes read and few change.
+
+>>> flow = StrictFlow("prices", state={"BTC": 50_000})   # doctest: +SKIP
+>>> with flow:                                           # doctest: +SKIP
+...     flow.state["BTC"]
+50000
+"""
+
+from .core import setup_logging
+from .errors import (
+    CoordinatorLost,
+    FlowExists,
+    FlowNotRunning,
+    GateTimeout,
+    IntegrityError,
+    ProtocolError,
+    ReadOnlyState,
+    SerializationError,
+    StateFull,
+    StrictFlowError,
+    TaskCrashed,
+    TaskFailed,
+    TaskTimeout,
+    TooManyWorkers,
+)
+from .flow import StrictFlow
+from .frozen import FrozenDict, FrozenList, FrozenSet
+from .future import TaskFuture
+from .state import Snapshot
+from .stats import FlowStats, Latency, WorkerStats
+from .tasks import Task, read, write
+from .workers import Worker, WorkerGroup
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CoordinatorLost",
+    "FlowExists",
+    "FlowNotRunning",
+    "FlowStats",
+    "FrozenDict",
+    "FrozenList",
+    "FrozenSet",
+    "GateTimeout",
+    "IntegrityError",
+    "Latency",
+    "ProtocolError",
+    "ReadOnlyState",
+    "SerializationError",
+    "Snapshot",
+    "StateFull",
+    "StrictFlow",
+    "StrictFlowError",
+    "Task",
+    "TaskCrashed",
+    "TaskFailed",
+    "TaskFuture",
+    "TaskTimeout",
+    "TooManyWorkers",
+    "Worker",
+    "WorkerGroup",
+    "WorkerStats",
+    "read",
+    "setup_logging",
+    "write",
+]

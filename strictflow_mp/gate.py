@@ -1,0 +1,291 @@
+"""The gate: the P1 flag, and where readers wait for it.
+
+Owns: SUBMITTED, FINISHED, WAITING, WAITS and WAITED of every slot, and one named semaphore for each slot.
+Written by: SUBMITTED, WAITING, WAITS, WAITED by the slot's process; FINISHED, and all words of slot 0, by
+    the coordinator, which also makes and unlinks the semaphores.
+Read by: everybody.
+Order: **the flag is up while submitted[i] > finished[i] for some i.**
+    Submit: the whole frame is in the pipe, then submitted[i] grows, then submit returns. So when it has
+    returned, every process sees the flag; and whoever dies half-way leaves no flag up.
+    Commit: the version is published, then finished[i] grows (store-store, free on x86-64).
+    Wait: the reader stores waiting = 1, *fence*, looks at finished[] again, sleeps. The coordinator stores
+    finished[], *fence*, looks at waiting[], posts. Each fence forbids that the store is seen after the
+    load behind it; so either the reader sees that it need not sleep, or the coordinator sees it waiting.
+If we die here: a semaphore's count is only a hint. A lost post costs one slice of sleep, an extra one a
+    look at the words; neither costs correctness.
+Invariants: both arrays only grow while a slot has one owner. A read waits for what was submitted before
+    it began and never for anything later, so a steady stream of P1 tasks delays no read for ever.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+
+import posix_ipc
+
+from .segment import PREFIX, STOPPED, W_STATUS, Segment
+from .words import fence, publish_fence, read_fence
+
+__all__ = ["Gate", "GateKeeper", "semaphore_name", "unlink_semaphore"]
+
+SPIN = 50e-6
+"""Seconds that a reader looks at the words before it sleeps: about as long as a short P1 lasts. Waking an
+idle core costs about as much."""
+
+SLICE = 0.05
+"""Seconds of sleep after which a waiting reader looks whether the coordinator lives."""
+
+
+def semaphore_name(token: str, slot: int) -> str:
+    """The name of a slot's semaphore; within the 30 characters that macOS allows."""
+    return f"/{PREFIX}{token}.{slot}"
+
+
+def unlink_semaphore(token: str, slot: int) -> None:
+    """Remove a slot's semaphore, if it is there."""
+    try:
+        posix_ipc.unlink_semaphore(semaphore_name(token, slot))
+    except posix_ipc.ExistentialError:
+        pass
+
+
+def _sleep(semaphore: posix_ipc.Semaphore, seconds: float) -> None:
+    """Sleep until a post, or for about that long.
+
+    posix_ipc drops the exception of a signal handler that runs during acquire, so signals wait until the
+    slice is over. A handler's delay is therefore at most one slice.
+    """
+    in_main = threading.current_thread() is threading.main_thread()
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTING) if in_main else set()
+    try:
+        semaphore.acquire(seconds)
+    except posix_ipc.BusyError:
+        pass
+    except posix_ipc.SignalError:
+        pass  # a signal that cannot be blocked, or arrived in another thread
+    finally:
+        if in_main:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+_INTERRUPTING = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS}
+
+
+class Gate:
+    """The flag as a worker's process sees it."""
+
+    def __init__(self, segment: Segment, slot: int, semaphore: posix_ipc.Semaphore) -> None:
+        words, slots = segment.words, segment.slots
+        self.submitted = words[segment.submitted : segment.submitted + slots]
+        self.finished = words[segment.finished : segment.finished + slots]
+        self._words = words
+        self._slot = slot
+        self._mine = segment.submitted + slot
+        self._waiting = segment.waiting + slot
+        self._waits = segment.waits + slot
+        self._waited = segment.waited + slot
+        self._semaphore = semaphore
+        # One thread of a process sleeps on its semaphore and wakes the others, so that no thread takes
+        # the post that another needs.
+        self._leader = threading.Lock()
+        self._moved = threading.Condition(threading.Lock())
+
+    def raise_flag(self, tasks: int) -> None:
+        """Count P1 tasks whose frames are wholly in the pipe. The caller holds the process's submit lock."""
+        # The frame is in the kernel: the system call was a barrier of its own.
+        self._words[self._mine] += tasks
+
+    def is_open(self) -> bool:
+        """Whether nothing that was submitted is unfinished."""
+        return self.submitted == self.finished
+
+    def is_stopped(self) -> bool:
+        """Whether the coordinator has stopped for good."""
+        return bool(self._words[W_STATUS] == STOPPED)
+
+    def wait(self, deadline: float | None, check: Callable[[], None]) -> bool:
+        """Wait until every P1 task submitted by now is finished.
+
+        Args:
+            deadline: on `time.monotonic`'s clock, or None.
+            check: called once a slice; raises when there is nobody left to wait for.
+
+        Returns:
+            False when the deadline has passed.
+        """
+        finished = self.finished
+        behind = [
+            (slot, target)
+            for slot, (target, done) in enumerate(zip(self.submitted.tolist(), finished.tolist()))
+            if target > done
+        ]
+        if not behind:
+            return True
+        began = time.monotonic()
+        try:
+            while time.monotonic() - began < SPIN:
+                if _reached(finished, behind):
+                    return True
+            return self._wait_asleep(behind, deadline, check)
+        finally:
+            # Statistics: threads of one process may lose an update to each other.
+            self._words[self._waits] += 1
+            self._words[self._waited] += int((time.monotonic() - began) * 1e9)
+
+    def _wait_asleep(
+        self, behind: list[tuple[int, int]], deadline: float | None, check: Callable[[], None]
+    ) -> bool:
+        while True:
+            if self._leader.acquire(blocking=False):
+                try:
+                    self._lead(behind, deadline, check)
+                finally:
+                    self._leader.release()
+                    with self._moved:
+                        self._moved.notify_all()
+            else:
+                with self._moved:
+                    if not _reached(self.finished, behind):
+                        self._moved.wait(SLICE)
+            if _reached(self.finished, behind):
+                return True
+            if deadline is not None and time.monotonic() >= deadline:
+                return False
+            check()
+
+    def _lead(self, behind: list[tuple[int, int]], deadline: float | None, check: Callable[[], None]) -> None:
+        words, waiting = self._words, self._waiting
+        words[waiting] = 1
+        try:
+            # The waiting word before the second look at finished[] (store-load).
+            fence()
+            while not _reached(self.finished, behind):
+                left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+                if left <= 0:
+                    return
+                _sleep(self._semaphore, left)
+                with self._moved:
+                    self._moved.notify_all()
+                if self.is_stopped():
+                    return
+                check()
+        finally:
+            words[waiting] = 0
+
+    def release(self) -> None:
+        """Drop the views and close the semaphore."""
+        self._semaphore.close()
+
+    def __repr__(self) -> str:
+        return f"<Gate of slot {self._slot}, {'open' if self.is_open() else 'closed'}>"
+
+
+def _reached(finished: memoryview, behind: list[tuple[int, int]]) -> bool:
+    for slot, target in behind:
+        if finished[slot] < target:
+            return False
+    # What the finished word speaks of is loaded behind it (load-load).
+    read_fence()
+    return True
+
+
+class GateKeeper:
+    """The flag as the coordinator moves it."""
+
+    def __init__(self, segment: Segment, token: str) -> None:
+        words, slots = segment.words, segment.slots
+        self._token = token
+        self._segment = segment
+        self._words = words
+        self._submitted = words[segment.submitted : segment.submitted + slots]
+        self._finished = words[segment.finished : segment.finished + slots]
+        self._waiting = words[segment.waiting : segment.waiting + slots]
+        self._nobody = memoryview(bytes(8 * slots)).cast("Q")
+        self._semaphores: dict[int, posix_ipc.Semaphore] = {}
+        self._bursts = 0
+
+    # Slots
+
+    def admit(self, slot: int, pid: int, start: int) -> str:
+        """Give a slot to a process; return the name of its semaphore."""
+        words, segment = self._words, self._segment
+        unlink_semaphore(self._token, slot)
+        name = semaphore_name(self._token, slot)
+        self._semaphores[slot] = posix_ipc.Semaphore(name, posix_ipc.O_CREX, 0o600, 0)
+        for array in (segment.waiting, segment.waits, segment.waited):
+            words[array + slot] = 0
+        words[segment.pids + slot], words[segment.starts + slot] = pid, start
+        return name
+
+    def dismiss(self, slot: int) -> None:
+        """Take a slot back from a process that is dead, or has said goodbye."""
+        segment, words = self._segment, self._words
+        # It may have died between its last frame and counting it.
+        high = max(words[segment.submitted + slot], words[segment.finished + slot])
+        words[segment.finished + slot] = high
+        words[segment.submitted + slot] = high
+        words[segment.waiting + slot] = 0
+        words[segment.pids + slot] = words[segment.starts + slot] = 0
+        semaphore = self._semaphores.pop(slot, None)
+        if semaphore is not None:
+            semaphore.close()
+        unlink_semaphore(self._token, slot)
+
+    # The flag
+
+    def is_open(self) -> bool:
+        """Whether every P1 task that anybody submitted is finished."""
+        return self._submitted == self._finished
+
+    def is_up(self) -> bool:
+        """Whether some process has counted a P1 task that is not finished."""
+        return any(map(int.__gt__, self._submitted.tolist(), self._finished.tolist()))
+
+    def raise_own(self) -> None:
+        """Raise slot 0: from now on, a read waits for the burst that begins."""
+        self._bursts += 1
+        self._submitted[0] = self._bursts
+
+    def finish(self, counts: dict[int, int]) -> None:
+        """Count finished tasks by slot, lower slot 0, wake the readers that wait."""
+        finished = self._finished
+        # The commit before the counts that speak of it (store-store).
+        publish_fence()
+        for slot, count in counts.items():
+            finished[slot] += count
+        finished[0] = self._bursts
+        self.wake()
+
+    def wake(self) -> None:
+        """Post for every slot in which a reader sleeps."""
+        # finished[] before the look at waiting[] (store-load).
+        fence()
+        if self._waiting == self._nobody:
+            return
+        for slot, waiting in enumerate(self._waiting.tolist()):
+            if waiting and (semaphore := self._semaphores.get(slot)) is not None:
+                if not _value(semaphore):
+                    semaphore.release()
+
+    def stop(self) -> None:
+        """Raise the flag for good, so that no read takes the fast path any more; wake everybody."""
+        self._words[W_STATUS] = STOPPED
+        publish_fence()
+        self.raise_own()
+        fence()
+        for semaphore in self._semaphores.values():
+            semaphore.release()
+
+    def __repr__(self) -> str:
+        return f"<GateKeeper with {len(self._semaphores)} slots, {'open' if self.is_open() else 'closed'}>"
+
+
+def _value(semaphore: posix_ipc.Semaphore) -> int:
+    try:
+        return int(semaphore.value)
+    except AttributeError:  # macOS has no sem_getvalue
+        return 0
+

@@ -1,0 +1,64 @@
+"""Leftovers: what a coordinator that was killed could not remove, and who removes it.
+
+Only the holder of a place's lock removes what its former resident left; so there is one cleaner, and none at
+all while a coordinator lives.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import segment
+from .errors import FlowExists
+from .gate import semaphore_name
+from .rendezvous import Lease, Resident, places
+
+__all__ = ["remove", "sweep"]
+
+
+def remove(token: str) -> list[str]:
+    """Remove the shared objects of the coordinator that had *token*; return their names.
+
+    The caller holds the lock of the place where that coordinator lived.
+    """
+    import posix_ipc
+
+    removed = []
+    name = segment.PREFIX + token
+    try:
+        opened = segment.Segment.open(name)
+        slots = opened.slots
+        opened.close()
+    except Exception:
+        slots = 1 << 10  # damaged: its semaphores may have any number that we would give
+    for slot in range(slots):
+        try:
+            posix_ipc.unlink_semaphore(semaphore_name(token, slot))
+            removed.append(semaphore_name(token, slot))
+        except posix_ipc.ExistentialError:
+            pass
+    if os.path.exists(f"/dev/shm/{name}"):
+        removed.append("/" + name)
+    segment.unlink(name)
+    return removed
+
+
+def sweep() -> list[tuple[str, Resident | None, list[str]]]:
+    """Remove what dead flows of this user left; return (directory, resident, removed objects) for each.
+
+    A flow that lives, or that somebody starts this very moment, is not touched.
+    """
+    swept = []
+    for place in list(places()):
+        resident = place.resident()
+        if place.is_inhabited():
+            continue
+        name = resident.name if resident else None
+        try:
+            lease = Lease.take_place(place, name or place.directory.name)
+        except FlowExists:
+            continue
+        removed = remove(lease.former.token) if lease.former else []
+        lease.leave()
+        swept.append((str(place.directory), resident, removed))
+    return swept

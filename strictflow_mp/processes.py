@@ -1,0 +1,226 @@
+"""Processes: who somebody is, whether they are proved dead, and how to start a fresh interpreter.
+
+A process is a pid together with its start time, in a boot of the machine: a pid alone comes back. What
+cannot be proved dead counts as alive, so nothing is taken from a process that may still use it.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import spawn
+from typing import Any
+
+__all__ = ["Child", "Identity", "launch", "open_pidfd"]
+
+
+def start_time(pid: int) -> int | None:
+    """When a process started, in clock ticks since boot; None when there is no such process here.
+
+    Ticks since boot do not move when the wall clock is set. A zombie has ended: it runs no more
+    instructions.
+    """
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    except OSError:
+        return _start_time_elsewhere(pid)
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
+
+
+def _start_time_elsewhere(pid: int) -> int | None:
+    import psutil  # on Linux it is needed for statistics only, and it takes 15 ms to import
+
+    try:
+        process = psutil.Process(pid)
+        ended = process.status() == psutil.STATUS_ZOMBIE
+        return None if ended else int(process.create_time() * 100)
+    except psutil.NoSuchProcess:
+        return None
+    except psutil.AccessDenied:
+        return 0
+
+
+def _read_boot() -> int:
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            return int(file.read().strip().replace(b"-", b"")[:15], 16)
+    except (OSError, ValueError):
+        return 0
+
+
+@dataclass(frozen=True)
+class Identity:
+    """A process, past or present: pid, start time (ticks since boot), boot of the machine."""
+
+    pid: int
+    start: int
+    boot: int
+
+    @classmethod
+    def of(cls, pid: int) -> Identity:
+        """The identity of a living process (start 0 when it cannot be seen)."""
+        return cls(pid, start_time(pid) or 0, _read_boot())
+
+    @classmethod
+    def mine(cls) -> Identity:
+        """The identity of this process."""
+        return cls.of(os.getpid())
+
+    def is_dead(self) -> bool:
+        """True only when it is proved that the process has ended."""
+        if self.pid <= 0 or not self.start:
+            return False
+        boot = _read_boot()
+        if boot and self.boot and boot != self.boot:
+            return True
+        if not os.path.isdir("/proc/self"):
+            return start_time(self.pid) is None
+        now = start_time(self.pid)
+        if now is None:
+            # hidepid= hides the directory of a process that lives; the kernel still knows it.
+            return _is_zombie_or_gone(self.pid)
+        return now not in (self.start, 0)
+
+
+def _is_zombie_or_gone(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return os.path.isdir(f"/proc/{pid}") and start_time(pid) is None
+
+
+def open_pidfd(pid: int) -> int:
+    """A descriptor that becomes readable when the process ends, or -1 where there is no such thing."""
+    try:
+        return os.pidfd_open(pid)
+    except (AttributeError, OSError):
+        return -1
+
+
+# A fresh interpreter. It never imports the user's __main__, so it needs no `if __name__` guard and starts
+# from daemonic processes, gunicorn, Celery and notebooks alike.
+
+_BOOT = (
+    "import sys; sys.path.insert(0, {root!r}); from strictflow_mp.processes import boot; boot({entry!r})"
+)
+
+
+class Child:
+    """A process that this process started, and will wait for."""
+
+    def __init__(self, popen: subprocess.Popen[bytes]) -> None:
+        self._popen = popen
+        self._parent = os.getpid()
+        self.identity = Identity.of(popen.pid)
+        _children.append(self)
+
+    @property
+    def pid(self) -> int:
+        """Its pid."""
+        return self._popen.pid
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs; as `multiprocessing.Process.exitcode` when it has ended."""
+        return self._popen.poll()
+
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Wait up to *timeout* seconds; return the exit code, or None when it still runs."""
+        try:
+            return self._popen.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal; nothing happens when it has ended."""
+        self._popen.send_signal(number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        self.send_signal(signal.SIGKILL)
+
+    def abandon(self) -> None:
+        """Stop to care: somebody else waits for it (after a fork), or nobody needs to."""
+        if self._popen.returncode is None:
+            self._popen.returncode = 0
+
+    def __repr__(self) -> str:
+        return f"<Child pid={self.pid} exitcode={self.exitcode}>"
+
+
+_children: list[Child] = []
+
+
+def _abandon_children() -> None:
+    # They are our parent's. Without this, Popen's finalizer would warn of processes still running.
+    for child in _children:
+        child.abandon()
+    _children.clear()
+
+
+os.register_at_fork(after_in_child=_abandon_children)
+
+
+def launch(
+    entry: str, message: dict[str, Any], *, pass_fds: tuple[int, ...] = (), pickler: Callable[[Any], bytes] = pickle.dumps
+) -> Child:
+    """Start a fresh interpreter that calls ``entry(message)``.
+
+    Args:
+        entry: ``"package.module:function"``.
+        message: what the function is given; it travels through the child's standard input.
+        pass_fds: descriptors that the child keeps under their numbers.
+    """
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    options = [f"-W{option}" for option in sys.warnoptions]
+    options += [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
+    blob = pickler({"path": sys.path, "argv": sys.argv, "message": pickler(message)})
+    popen = subprocess.Popen(
+        [os.fsdecode(spawn.get_executable()), *options, "-c", _BOOT.format(root=root, entry=entry)],
+        stdin=subprocess.PIPE,
+        pass_fds=pass_fds,
+        close_fds=True,
+    )
+    child = Child(popen)
+    assert popen.stdin is not None
+    try:
+        with popen.stdin:
+            popen.stdin.write(blob)
+    except BrokenPipeError:
+        pass  # it died at once; its exit code tells
+    return child
+
+
+def boot(entry: str) -> None:
+    """Where a launched interpreter begins."""
+    # Raw reads: a buffered reader would hold standard input's lock while we are about to replace it.
+    received = []
+    while block := os.read(0, 1 << 16):
+        received.append(block)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    parcel = pickle.loads(b"".join(received))
+    sys.path[:] = parcel["path"]
+    sys.argv[:] = parcel["argv"]
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None and hasattr(stream, "reconfigure"):
+            stream.reconfigure(line_buffering=True)
+    module, _, name = entry.partition(":")
+    __import__(module)
+    getattr(sys.modules[module], name)(pickle.loads(parcel["message"]))

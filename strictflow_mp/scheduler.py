@@ -1,0 +1,139 @@
+"""The scheduler: which task SF-LOOP runs next. Decisions only: no clock, no I/O, no functions called.
+
+Events in: `submit`, `cancel`, `async_started`, `async_ended`. Next step out: `next_step`. The loop performs it.
+
+The rules:
+
+1. While a P1 task is queued, no P2 task starts and no async P2 task goes on.
+2. P1 tasks run in the order in which they were queued, in bursts; a burst ends when it has run `BURST_TASKS`
+   tasks or `BURST_TIME` seconds, so that answers leave and late cancellations are seen.
+3. Sync P2 tasks run one at a time, in order, and take turns with the async ones, so that neither starves.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+__all__ = ["BURST_TASKS", "BURST_TIME", "Job", "Scheduler", "State", "Step"]
+
+BURST_TASKS = 256
+BURST_TIME = 0.002
+"""Seconds after which no further task joins a burst."""
+
+
+class Step(enum.Enum):
+    """What SF-LOOP does next."""
+
+    BURST = "run P1 tasks"
+    READ = "run one P2 task"
+    ASYNC = "let async P2 tasks go on"
+    IDLE = "wait"
+
+
+class State(enum.Enum):
+    """Where a job is in its life."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    CANCELLED = "cancelled"
+
+
+@dataclass(eq=False)
+class Job:
+    """A task as the policy sees it: whose it is, its number there, its priority."""
+
+    owner: Hashable
+    number: int
+    priority: int
+    state: State = field(default=State.QUEUED, init=False)
+
+
+class Scheduler:
+    """Two queues, and whose turn it is."""
+
+    def __init__(self) -> None:
+        self._writes: deque[Job] = deque()
+        self._reads: deque[Job] = deque()
+        self._queued: dict[tuple[Hashable, int], Job] = {}
+        self._async = 0
+        self._async_turn = False
+
+    # Events in
+
+    def submit(self, job: Job) -> None:
+        """A task has arrived."""
+        (self._writes if job.priority == 1 else self._reads).append(job)
+        self._queued[job.owner, job.number] = job
+
+    def cancel(self, owner: Hashable, number: int) -> Job | None:
+        """Take a task back; None when it has started already, or is unknown.
+
+        A cancelled P1 keeps its place in the queue: its owner's P1 tasks are counted in their order.
+        """
+        job = self._queued.pop((owner, number), None)
+        if job is not None:
+            job.state = State.CANCELLED
+            if job.priority == 2:
+                self._reads.remove(job)
+        return job
+
+    def async_started(self) -> None:
+        """A P2 task that was run turned out to be a coroutine."""
+        self._async += 1
+
+    def async_ended(self) -> None:
+        """One of these has ended."""
+        self._async -= 1
+
+    # Next step out
+
+    def next_step(self) -> Step:
+        """What to do now."""
+        if self._writes:
+            return Step.BURST
+        if self._async and (self._async_turn or not self._reads):
+            self._async_turn = False
+            return Step.ASYNC
+        self._async_turn = True
+        return Step.READ if self._reads else Step.IDLE
+
+    def next_write(self, done: int, elapsed: float) -> Job | None:
+        """The next P1 task of a burst that has run *done* tasks for *elapsed* seconds; None ends it.
+
+        A job that was cancelled comes out too, marked, to be counted but not run.
+        """
+        if not self._writes or done >= BURST_TASKS or (done and elapsed >= BURST_TIME):
+            return None
+        job = self._writes.popleft()
+        if job.state is State.QUEUED:
+            del self._queued[job.owner, job.number]
+            job.state = State.RUNNING
+        return job
+
+    def next_read(self) -> Job:
+        """The P2 task to run."""
+        job = self._reads.popleft()
+        del self._queued[job.owner, job.number]
+        job.state = State.RUNNING
+        return job
+
+    @property
+    def writes(self) -> int:
+        """P1 tasks queued."""
+        return len(self._writes)
+
+    @property
+    def reads(self) -> int:
+        """P2 tasks queued, and async ones under way."""
+        return len(self._reads) + self._async
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is queued or under way."""
+        return not (self._writes or self._reads or self._async)
+
+    def __repr__(self) -> str:
+        return f"<Scheduler: {self.writes} P1, {len(self._reads)} P2, {self._async} async>"

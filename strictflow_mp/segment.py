@@ -1,0 +1,318 @@
+"""The segment: one piece of shared memory for each flow, and what lies where in it.
+
+Owns: the shared memory object ``sfmp-<token>``. The coordinator creates and unlinks it; everybody else
+    opens it by name.
+Written by: see the table; every word has one writer.
+Read by: every attached process.
+Order: the coordinator fills the header before it answers the first handshake, so nobody opens half of one.
+If we die here: a segment without its magic word is nobody's; ``strictflow-mp clean`` removes it.
+
+======================  =====================  ======================================================
+words                   writer                 meaning
+======================  =====================  ======================================================
+0 .. 15                 coordinator, at start  identity: magic, layout, size, slots, pid, hash key
+16 VERSION              coordinator            the commit word: the version that readers see
+17 STATUS               coordinator            serving or stopped
+24 HORIZON              coordinator            oldest version that can be read without a pin
+25 CLAIMED              coordinator            words behind which no memory is claimed yet
+64 .. 127               coordinator, at start  the flow's name, UTF-8
+128 .. 2175             coordinator            ring of 256 commit records, 8 words each
+then, one word a slot
+SUBMITTED               the slot's process     P1 tasks submitted
+FINISHED                coordinator            P1 tasks finished
+WAITING                 the slot's process     1 while a reader sleeps on the slot's semaphore
+PIDS, STARTS            coordinator            who has the slot: pid, start time
+WAITS, WAITED           the slot's process     how often and how long (ns) its readers waited
+PINS (16 a slot)        the slot's process     versions (+1) that its snapshots need (`store.pins`)
+then, page aligned
+ARENA                   coordinator            trie nodes and cells (`store.trie`)
+======================  =====================  ======================================================
+
+Slot 0 is the coordinator's own. A slot passes to another process only when the former one is proved
+dead or has said goodbye; in between the coordinator may set the slot's words.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import sys
+import threading
+from multiprocessing import resource_tracker, shared_memory
+
+import posix_ipc
+
+from .errors import ProtocolError, StateFull
+from .words import WORD, publish_fence, words_of
+
+__all__ = ["PREFIX", "Segment"]
+
+PREFIX = "sfmp-"
+"""How the names of all shared objects of this library begin."""
+
+MAGIC = int.from_bytes(b"SFLOWMP\x01", "little")
+LAYOUT = 1
+
+W_MAGIC, W_LAYOUT, W_SIZE, W_SLOTS, W_PID, W_START, W_KEY, W_RESTARTS = 0, 1, 2, 3, 4, 5, 8, 10
+W_VERSION, W_STATUS, W_HORIZON, W_CLAIMED, W_NAME, W_RING = 16, 17, 24, 25, 64, 128
+NAME_BYTES = 512
+SERVING, STOPPED = 1, 2
+
+RING = 256
+"""Commit records kept: a reader that is overtaken by this many commits looks again."""
+RECORD = 8
+"""Words in a commit record: version, trie root, number of keys, time (ns), four in reserve."""
+R_VERSION, R_ROOT, R_COUNT, R_TIME = 0, 1, 2, 3
+
+PINS = 16
+"""Pin words for each slot: the last one is a floor (`store.pins`)."""
+
+PAGE = 4096
+STEP = 1 << 20
+"""Bytes claimed at a time."""
+
+
+def _round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+class _Mapping(shared_memory.SharedMemory):
+    """`SharedMemory` whose close leaves the mapping alone while somebody still looks at it.
+
+    An array that a reader holds is a view on the mapping; it must outlive the handle.
+    """
+
+    def close(self) -> None:
+        try:
+            super().close()
+        except BufferError:
+            pass
+
+
+_tracker_lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    global _tracker_lock
+    _tracker_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _map(name: str, size: int) -> _Mapping:
+    """Create (size > 0) or open a mapping that the resource tracker never hears of.
+
+    The tracker would unlink the segment when the process that it watches dies, while others use it.
+    """
+    create = size > 0
+    if sys.version_info >= (3, 13):
+        return _Mapping(name, create=create, size=size, track=False)
+    with _tracker_lock:
+        register = resource_tracker.register
+
+        def register_others(other: str, rtype: str) -> None:
+            if other.lstrip("/") != name:
+                register(other, rtype)
+
+        resource_tracker.register = register_others  # type: ignore[assignment]
+        try:
+            return _Mapping(name, create=create, size=size)
+        finally:
+            resource_tracker.register = register
+
+
+class Segment:
+    """A mapped segment: its words, its bytes, and where the arrays in it begin.
+
+    Attributes:
+        words: every word of the segment.
+        buffer: every byte of it.
+        slots: how many slots there are, the coordinator's own included.
+    """
+
+    def __init__(self, name: str, mapping: _Mapping, slots: int, size: int) -> None:
+        self.name = name
+        self.slots = slots
+        self.size = size
+        self._mapping = mapping
+        self.buffer: memoryview = mapping.buf[:size]
+        self.words = words_of(self.buffer)
+        position = W_RING + RING * RECORD
+        array = _round_up(slots, 8)
+        self.submitted = position
+        self.finished = self.submitted + array
+        self.waiting = self.finished + array
+        self.pids = self.waiting + array
+        self.starts = self.pids + array
+        self.waits = self.starts + array
+        self.waited = self.waits + array
+        self.pins = self.waited + array
+        self.arena = _round_up(self.pins + slots * PINS, PAGE // WORD)
+        self._fd = -1
+
+    @staticmethod
+    def control_bytes(slots: int) -> int:
+        """Bytes ahead of the arena in a segment with that many slots."""
+        array = _round_up(slots, 8)
+        return _round_up((W_RING + RING * RECORD + 7 * array + slots * PINS) * WORD, PAGE)
+
+    @classmethod
+    def create(cls, token: str, flow: str, *, capacity: int, slots: int, pid: int, start: int) -> Segment:
+        """Create the segment of a flow, with an empty state.
+
+        Args:
+            capacity: bytes for the state, claimed only as they are used.
+
+        Raises:
+            StateFull: shared memory has no room for even an empty flow.
+        """
+        name = PREFIX + token
+        size = _round_up(cls.control_bytes(slots) + max(capacity, STEP), PAGE)
+        mapping = _map(name, size)
+        segment = cls(name, mapping, slots, size)
+        try:
+            words = segment.words
+            segment._claim_bytes(0, _round_up(segment.arena * WORD, PAGE), flow)
+            words[W_LAYOUT], words[W_SIZE], words[W_SLOTS] = LAYOUT, size, slots
+            words[W_PID], words[W_START] = pid, start
+            segment.buffer[W_KEY * WORD : (W_KEY + 2) * WORD] = secrets.token_bytes(16)
+            encoded = flow.encode()[: NAME_BYTES - WORD]
+            segment.buffer[W_NAME * WORD : W_NAME * WORD + len(encoded)] = encoded
+            words[W_CLAIMED] = segment.arena
+            words[W_STATUS] = SERVING
+            publish_fence()
+            words[W_MAGIC] = MAGIC
+        except BaseException:
+            segment.close()
+            segment.unlink()
+            raise
+        return segment
+
+    @classmethod
+    def open(cls, name: str) -> Segment:
+        """Open an existing segment.
+
+        Raises:
+            FileNotFoundError: there is none of that name.
+            ProtocolError: it is not a segment of this library, or of another layout.
+        """
+        mapping = _map(name, 0)
+        try:
+            head = words_of(mapping.buf[: 16 * WORD]) if mapping.size >= PAGE else None
+            fields = head.tolist() if head is not None else [0] * 16
+            if head is not None:
+                head.release()
+            magic, layout, size, slots = fields[:4]
+            sound = magic == MAGIC and size <= mapping.size and slots < 1 << 16
+            if not sound or cls.control_bytes(slots) > size:
+                raise ProtocolError(
+                    f"shared memory {name!r} is not a StrictFlow segment, or is damaged; "
+                    "if no flow uses it, run `strictflow-mp clean`"
+                )
+            if layout != LAYOUT:
+                raise ProtocolError(
+                    f"shared memory {name!r} has layout {layout}, this version reads {LAYOUT}; "
+                    "use the same version of strictflow-mp in all processes of a flow"
+                )
+            return cls(name, mapping, slots, size)
+        except BaseException:
+            mapping.close()
+            raise
+
+    @property
+    def flow(self) -> str:
+        """The name of the flow that the segment belongs to."""
+        raw = bytes(self.buffer[W_NAME * WORD : W_NAME * WORD + NAME_BYTES])
+        return raw.rstrip(b"\0").decode(errors="replace")
+
+    @property
+    def hash_key(self) -> bytes:
+        """The key of the trie's hash: 16 random bytes, drawn when the flow was created."""
+        return bytes(self.buffer[W_KEY * WORD : (W_KEY + 2) * WORD])
+
+    def claimed(self) -> tuple[memoryview, memoryview]:
+        """The words and bytes up to the end of the claimed memory.
+
+        A reader that strays (because the memory under it was reused) gets IndexError at the end of these
+        views; behind it lie pages that do not exist, and in a full /dev/shm touching one is SIGBUS.
+        """
+        limit = self.words[W_CLAIMED]
+        return self.words[:limit], self.buffer[: limit * WORD]
+
+    @property
+    def words_claimed(self) -> int:
+        """How many words are claimed."""
+        return int(self.words[W_CLAIMED])
+
+    def claim(self, words: int, flow: str) -> int:
+        """Claim at least that many more words behind the claimed ones; return how many it was.
+
+        Only the coordinator calls it.
+
+        Raises:
+            StateFull: the capacity is used up, or the file system is full.
+        """
+        start = self.words[W_CLAIMED]
+        end = min(_round_up(start * WORD + max(words * WORD, STEP), STEP), self.size) // WORD
+        if end - start < words:
+            raise StateFull(
+                f"the state needs {words * WORD:,} bytes more, and its capacity of {self.size:,} bytes is "
+                "used up; delete keys, or start the flow with a larger capacity=",
+                flow=flow,
+            )
+        try:
+            self._claim_bytes(start * WORD, end * WORD, flow)
+        except StateFull:
+            # A whole step does not fit; what is needed may.
+            end = min(_round_up((start + words) * WORD, PAGE), self.size) // WORD
+            self._claim_bytes(start * WORD, end * WORD, flow)
+        publish_fence()
+        self.words[W_CLAIMED] = end
+        return end - start
+
+    def _claim_bytes(self, start: int, end: int, flow: str) -> None:
+        if not hasattr(os, "posix_fallocate"):  # macOS
+            return
+        if self._fd < 0:
+            self._fd = posix_ipc.SharedMemory("/" + self.name).fd
+        try:
+            os.posix_fallocate(self._fd, start, end - start)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+                raise
+            raise StateFull(
+                f"/dev/shm has no room for {end - start:,} bytes more ({os.strerror(error.errno)}); "
+                "delete keys, or enlarge /dev/shm (Docker: --shm-size)",
+                flow=flow,
+            ) from error
+
+    def close(self) -> None:
+        """Unmap, unless a reader still holds a view on it."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        try:
+            self.words.release()
+            self.buffer.release()
+        except BufferError:
+            pass
+        self._mapping.close()
+
+    def unlink(self) -> None:
+        """Remove the name; the memory goes when the last process has closed it."""
+        unlink(self.name)
+
+    def __repr__(self) -> str:
+        return f"<Segment {self.name} of {self.size:,} bytes, {self.slots} slots>"
+
+
+def unlink(name: str) -> None:
+    """Remove a segment's name. No error if it is gone already."""
+    try:
+        posix_ipc.unlink_shared_memory("/" + name)
+    except posix_ipc.ExistentialError:
+        pass
+
+

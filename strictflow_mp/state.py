@@ -1,0 +1,364 @@
+"""State: the mappings that users see.
+
+`Snapshot` is pinned at one version. `FlowState` is ``flow.state`` outside tasks: every read is gated, and costs one
+compare when nothing has changed. Both hand out read-only values.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import weakref
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+from .errors import StrictFlowError
+from .gate import Gate
+from .segment import W_VERSION, Segment
+from .store import Cell, StoreReader, Version
+from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
+
+__all__ = ["FlowState", "Snapshot", "View", "decode", "pack_changes", "scope"]
+
+_MISSING: Any = object()
+
+
+def decode(reader: StoreReader, version: Version, cell: Cell) -> Any:
+    """A cell's read-only value. Arrays in it look at shared memory, and keep the version pinned while they live."""
+    payload = cell.payload
+    if not has_arrays(payload):
+        return unpack_frozen(bytes(payload))
+    if not version.is_exact:
+        # The floor pin would hold back everything; a copy holds back nothing.
+        return unpack_frozen(bytes(payload))
+
+    def hold(array: Any) -> None:
+        reader.hold(version)
+        weakref.finalize(array, reader.unpin, version).atexit = False
+
+    return unpack_frozen(payload, hold)
+
+
+class View(Mapping[Any, Any]):
+    """A read-only mapping of one pinned version. Subclasses say how the version is had."""
+
+    _reader: StoreReader
+
+    def _at(self) -> Version:
+        raise NotImplementedError
+
+    def _find(self, key: Any) -> tuple[Version, Cell | None]:
+        packed = pack_key(key)
+        version = self._at()
+        return version, self._reader.find(version, packed, self._reader.hash(packed))
+
+    def __getitem__(self, key: Any) -> Any:
+        version, cell = self._find(key)
+        if cell is None:
+            raise KeyError(key)
+        return decode(self._reader, version, cell)
+
+    def __contains__(self, key: object) -> bool:
+        return self._find(key)[1] is not None
+
+    def __iter__(self) -> Iterator[Any]:
+        return (unpack_key(cell.key) for cell in self._reader.cells(self._at()))
+
+    def __len__(self) -> int:
+        return self._at().count
+
+    def cells(self) -> Iterator[Cell]:
+        """The packed keys and values, for tools that need sizes rather than values."""
+        return self._reader.cells(self._at())
+
+
+class Snapshot(View):
+    """The state at one version, for as long as it is open.
+
+    A read-only mapping; keys come in no particular order. It is taken when it is entered or first looked at.
+    A context manager, sync and async (which waits for the gate in another thread); ``close()`` or the garbage
+    collector lets go of the version too. It belongs to the process that took it: a forked child takes its own.
+    """
+
+    def __init__(self, flow: str, enter: Callable[[], StoreReader], is_open: Callable[[], bool]) -> None:
+        self._flow = flow
+        self._enter = enter
+        self._is_open = is_open
+        self._pinned: Version | None = None
+        self._is_closed = False
+        self._values: dict[Any, Any] = {}
+
+    @property
+    def version(self) -> int:
+        """The version's number."""
+        return self._at().number
+
+    def _take(self) -> Version:
+        reader = self._reader = self._enter()
+        pinned = self._pinned = reader.pin()
+        self._finalizer = weakref.finalize(self, reader.unpin, pinned)
+        self._finalizer.atexit = False
+        return pinned
+
+    def _at(self) -> Version:
+        if self._is_closed:
+            raise StrictFlowError("the snapshot is closed; take a new one with flow.snapshot()", flow=self._flow)
+        if self._pinned is None:
+            return self._take()
+        if self._reader.is_foreign:
+            raise StrictFlowError(
+                "the snapshot belongs to the parent process; after a fork, take a new one", flow=self._flow
+            )
+        return self._pinned
+
+    def __getitem__(self, key: Any) -> Any:
+        self._at()
+        try:
+            value = self._values.get(key, _MISSING)
+        except TypeError:
+            value = _MISSING  # unhashable: pack_key says what is wrong with it
+        if value is _MISSING:
+            value = self._values[key] = super().__getitem__(key)
+        return value
+
+    def close(self) -> None:
+        """Let go of the version. Values that were read stay valid."""
+        self._is_closed = True
+        self._values.clear()
+        if self._pinned is not None:
+            self._finalizer()
+
+    def __enter__(self) -> Snapshot:
+        self._at()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Snapshot:
+        if self._pinned is None and not self._is_open():
+            await asyncio.get_running_loop().run_in_executor(None, self._at)
+        self._at()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._is_closed or self._pinned is None:
+            return f"<Snapshot of {self._flow!r}, {'closed' if self._is_closed else 'not taken yet'}>"
+        return f"<Snapshot of {self._flow!r} at version {self._pinned.number}, {self._pinned.count} keys>"
+
+
+scope: ContextVar[dict[str, Snapshot] | None] = ContextVar("strictflow_mp.scope", default=None)
+"""By flow, the snapshot that a worker-side P2 task reads: its `flow.state` is one version throughout."""
+
+
+class Host(Protocol):
+    """What `FlowState` needs from the client that it belongs to."""
+
+    name: str
+
+    def pass_gate(self) -> StoreReader:
+        """Attach if need be, wait for the gate, return the reader."""
+
+    def reader(self) -> StoreReader:
+        """Attach if need be, return the reader."""
+
+    def write(self, changes: dict[bytes, bytes | None]) -> None:
+        """Commit a ready-made P1 and wait for it."""
+
+
+class _Cache:
+    """Decoded values, by key: birth of their cell, value, size of its payload, packed key, hash."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._size = 0
+        self.entries: dict[Any, tuple[int, Any, int, bytes, int]] = {}
+
+    def put(self, key: Any, birth: int, value: Any, size: int, packed: bytes, digest: int) -> None:
+        former = self.entries.pop(key, None)
+        if former is not None:
+            self._size -= former[2]
+        if size > self._limit:
+            return
+        self.entries[key] = (birth, value, size, packed, digest)
+        self._size += size
+        while self._size > self._limit:
+            try:
+                oldest = next(iter(self.entries))
+            except (StopIteration, RuntimeError):
+                break  # another thread is at it
+            dropped = self.entries.pop(oldest, None)
+            if dropped is not None:
+                self._size -= dropped[2]
+
+
+OVERHEAD = 256
+"""Bytes that a cached value takes beside its payload, about."""
+
+
+class FlowState(MutableMapping[Any, Any]):
+    """``flow.state`` outside tasks: the committed state, behind the gate.
+
+    A read waits for every P1 task that was submitted, by any process, before it began. Values are read-only.
+    Assigning to a key submits a P1 task and waits until it is committed; so do ``del``, ``update`` and the
+    like. To read several keys of one version, use ``flow.snapshot()``. Keys come in no particular order.
+    """
+
+    def __init__(self, host: Host, cache_bytes: int) -> None:
+        self._host = host
+        self._cache_bytes = cache_bytes
+        self.unbind()
+
+    def bind(self, segment: Segment, gate: Gate) -> None:
+        """Look at a segment from now on."""
+        self._cache = _Cache(self._cache_bytes)
+        self._fresh: tuple[int, dict[Any, Any]] = (-1, {})
+        self._words = segment.words
+        self._submitted: Any = gate.submitted
+        self._finished: Any = gate.finished
+
+    def unbind(self) -> None:
+        """Look at nothing: the next read attaches first."""
+        self._submitted, self._finished = 0, 1
+        self._cache = _Cache(self._cache_bytes)
+        self._fresh = (-1, {})
+
+    def __getitem__(self, key: Any) -> Any:
+        # The gate is open, and the version is the one that the fresh values were checked at. The flag is
+        # looked at first: what was submitted before is finished, so its commit is in the version seen.
+        if self._submitted == self._finished:
+            version, values = self._fresh
+            if self._words[W_VERSION] == version:
+                try:
+                    return values[key]
+                except (KeyError, TypeError):
+                    pass
+        return self._read(key)
+
+    def _read(self, key: Any) -> Any:
+        scoped = scope.get()
+        if scoped is not None and self._host.name in scoped:
+            return scoped[self._host.name][key]
+        reader = self._host.pass_gate()
+        try:
+            known = self._cache.entries.get(key)
+        except TypeError:
+            known = None  # unhashable: pack_key says what is wrong with it
+        if known is not None:
+            birth, value, size, packed, digest = known
+            found = reader.get(packed, digest, birth)
+        else:
+            packed = pack_key(key)
+            digest = reader.hash(packed)
+            found = reader.get(packed, digest, -1)
+        if found is None:
+            raise KeyError(key)
+        version, now, payload = found
+        if payload is not None:
+            value = unpack_frozen(payload)
+            self._cache.put(key, now, value, len(payload) + OVERHEAD, packed, digest)
+        elif known is None or now != birth:
+            return self._read_arrays(reader, key)
+        if scoped is None:
+            self._remember(version, key, value)
+        return value
+
+    def _read_arrays(self, reader: StoreReader, key: Any) -> Any:
+        # Not cached: the cache would keep the version pinned.
+        version = reader.pin_exact() or reader.pin()
+        try:
+            packed = pack_key(key)
+            cell = reader.find(version, packed, reader.hash(packed))
+            if cell is None:
+                raise KeyError(key)
+            return decode(reader, version, cell)
+        finally:
+            reader.unpin(version)
+
+    def _remember(self, version: int, key: Any, value: Any) -> None:
+        fresh = self._fresh
+        if fresh[0] == version:
+            fresh[1][key] = value
+        elif version > fresh[0]:
+            # A new dict for each version: a slower thread puts its older value where nobody looks any more.
+            self._fresh = (version, {key: value})
+
+    def peek(self, key: Any) -> Any:
+        """The committed value without the gate; KeyError when absent."""
+        reader = self._host.reader()
+        packed = pack_key(key)
+        found = reader.get(packed, reader.hash(packed), -1)
+        if found is None:
+            raise KeyError(key)
+        return self._read_arrays(reader, key) if found[2] is None else unpack_frozen(found[2])
+
+    def snapshot(self, *, gated: bool = True) -> Snapshot:
+        """A view of one version, behind the gate or not."""
+        enter = self._host.pass_gate if gated else self._host.reader
+        return Snapshot(self._host.name, enter, lambda: not gated or self._submitted == self._finished)
+
+    def _snapshot(self) -> Snapshot:
+        scoped = scope.get()
+        if scoped is not None and self._host.name in scoped:
+            return scoped[self._host.name]
+        return self.snapshot()
+
+    def __contains__(self, key: object) -> bool:
+        try:
+            self[key]
+        except KeyError:
+            return False
+        return True
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(list(self._snapshot()))
+
+    def __len__(self) -> int:
+        return len(self._snapshot())
+
+    def keys(self) -> Any:
+        """The keys of one version."""
+        return self._all().keys()
+
+    def values(self) -> Any:
+        """The values of one version."""
+        return self._all().values()
+
+    def items(self) -> Any:
+        """The items of one version."""
+        return self._all().items()
+
+    def _all(self) -> dict[Any, Any]:
+        return dict(self._snapshot())
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._host.write(pack_changes({key: value}))
+
+    def __delitem__(self, key: Any) -> None:
+        self._host.write({pack_key(key): None})
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Change several keys in one commit."""
+        self._host.write(pack_changes(dict(*args, **kwargs)))
+
+    def clear(self) -> None:
+        """Delete all keys that are there now, in one commit."""
+        self._host.write({pack_key(key): None for key in self})
+
+    def __repr__(self) -> str:
+        return f"<state of flow {self._host.name!r}>"
+
+
+def pack_changes(changes: Mapping[Any, Any]) -> dict[bytes, bytes | None]:
+    """Keys and values, packed, as a ready-made P1 takes them.
+
+    Raises:
+        SerializationError: one of them cannot be stored; says where.
+    """
+    return {
+        pack_key(key): pack(value, key if isinstance(key, str) else f"state[{key!r}]")
+        for key, value in changes.items()
+    }

@@ -1,0 +1,11 @@
+"""The store: a persistent tree in shared memory, one root flip for each commit.
+
+`arena` finds room, `trie` lays out and edits the tree, `commit` publishes versions, `reader` reads them,
+`pins` keeps old ones alive for snapshots.
+"""
+
+from .commit import StoreWriter
+from .pins import PinnedVersions, Pins, clear_pins
+from .reader import Cell, StoreReader, Version
+
+__all__ = ["Cell", "PinnedVersions", "Pins", "StoreReader", "StoreWriter", "Version", "clear_pins"]

@@ -1,0 +1,283 @@
+"""Commits: the writer of the state.
+
+Owns: VERSION, HORIZON, the ring of commit records, and (through `trie` and `arena`) all blocks.
+Written by: the coordinator alone.
+Read by: everybody (`reader`).
+Order of a commit, each step seen by others before the next (store-store; free on x86-64)::
+
+    1  cells and nodes of the new version, private so far
+    2  HORIZON raised past the version whose record the ring slot still holds
+    3  the commit record
+    4  VERSION, one store: the commit
+
+If we die here: before step 4 nothing has happened, after it everything. Step 2 alone makes readers of a
+    version 256 commits old look again. `StoreWriter.recover` finds what is free.
+Invariants: a block is reused only after HORIZON has passed the last version that reaches it, and when no
+    pin needs it.
+
+What a commit replaces rests before it is reused, so that a read almost never meets the horizon.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterable
+
+from ..errors import StateFull
+from ..segment import (
+    R_COUNT,
+    R_ROOT,
+    R_TIME,
+    R_VERSION,
+    RECORD,
+    RING,
+    W_HORIZON,
+    W_RING,
+    W_VERSION,
+    Segment,
+)
+from ..words import WORD, fence, publish_fence
+from .arena import Arena, block_size
+from .pins import PinnedVersions
+from .trie import CELL_HEAD, KEY_SHIFT, MAX_KEY, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
+
+__all__ = ["StoreWriter"]
+
+REST_WORDS = 1 << 19
+"""Replaced memory that rests before it is reused: 4 MiB, or an eighth of what is claimed if that is more."""
+
+HEADROOM = 1 << 16
+"""Words that `roomy` promises: enough for the nodes of any burst."""
+
+
+class StoreWriter:
+    """Makes new versions of the state.
+
+    A burst of tasks makes one version: `stage` writes a task's cells, `unstage` takes them back,
+    `publish` hangs all staged cells into the trie and flips VERSION.
+    """
+
+    def __init__(self, segment: Segment, flow: str) -> None:
+        self._segment = segment
+        self._flow = flow
+        self._words = segment.words
+        self.hash = Hash(segment.hash_key)
+        self.arena = Arena(segment, flow)
+        self.trie = Trie(segment.words, segment.buffer, self.arena, self.hash)
+        self._resting: deque[tuple[int, list[int], int]] = deque()  # version, pointers, words
+        self._resting_words = 0
+        self._held: list[tuple[int, int]] = []  # (replaced at, pointer): spared for a pin
+        self._held_for: PinnedVersions | None = None
+        self.version = 0
+        self._root = 0
+        self._count = 0
+
+    def create(self) -> None:
+        """Begin with an empty state, version 0."""
+        self.arena.prepare()
+        self._begin()
+
+    def recover(self) -> None:
+        """Take over a segment whose writer died: whatever the last commit does not reach is free."""
+        words = self._words
+        self.version = words[W_VERSION]
+        record = W_RING + self.version % RING * RECORD
+        self._root, self._count = words[record + R_ROOT], words[record + R_COUNT]
+        # Readers of older versions look again; what their pins need cannot be told from what is free.
+        words[W_HORIZON] = self.version
+        fence()
+        self.arena.rebuild(self._reached())
+        self._begin()
+
+    def _reached(self) -> Iterable[tuple[int, int]]:
+        words = self._words
+        for pointer in walk(words, self._root):
+            index = pointer >> 1
+            if pointer & 1:
+                lengths = words[index + 2]
+                yield index, cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK)
+            else:
+                yield index - 1, NODE
+
+    def _begin(self) -> None:
+        self.trie.begin(self.version + 1, self._root, self._count)
+
+    # Staging
+
+    def roomy(self) -> bool:
+        """Whether a whole burst has room for its nodes; if not, publish each task alone."""
+        return self.arena.has_room(HEADROOM)
+
+    def stage(self, key: bytes, payload: bytes | bytearray | memoryview) -> int:
+        """Write a cell for the version that is being made; return its pointer.
+
+        Raises:
+            StateFull: there is no room for it, even with all that rests; nothing was changed.
+        """
+        if len(key) > MAX_KEY:
+            raise StateFull(f"a key of {len(key):,} bytes is longer than {MAX_KEY:,}", flow=self._flow)
+        digest = self.hash(key)
+        try:
+            return self.trie.new_cell(key, digest, payload)
+        except StateFull:
+            if not self._reclaim(self.version):
+                raise
+            return self.trie.new_cell(key, digest, payload)
+
+    def unstage(self, pointer: int) -> None:
+        """Take a staged cell back."""
+        self.trie.made.remove(pointer)
+        self.trie.free(pointer)
+
+    def publish(self, changes: dict[bytes, int]) -> int:
+        """Commit: key -> staged cell, 0 to delete (the key must be there). Return the new version.
+
+        Raises:
+            StateFull: there is no room for the nodes; nothing was committed, all that was staged is gone.
+        """
+        trie, words = self.trie, self._words
+        try:
+            self._build(changes)
+        except StateFull:
+            root, count = self._root, self._count
+            keep = set(changes.values())
+            trie.made = [p for p in trie.made if self._undo(p, keep)]
+            trie.replaced, trie.root, trie.count = [], root, count
+            try:
+                self._make_room(only_deletes=not any(changes.values()))
+                self._build(changes)
+            except StateFull:
+                trie.rollback()
+                self._begin()
+                raise
+        version = self.version + 1
+        floor = version - RING + 1
+        if floor > words[W_HORIZON]:
+            words[W_HORIZON] = floor
+            # HORIZON before the record that overwrites version - 256's (store-store).
+            publish_fence()
+        record = W_RING + version % RING * RECORD
+        words[record + R_VERSION] = version
+        words[record + R_ROOT] = trie.root
+        words[record + R_COUNT] = trie.count
+        words[record + R_TIME] = time.time_ns()
+        # All that the version reaches before the version itself (store-store).
+        publish_fence()
+        words[W_VERSION] = version
+        self.version, self._root, self._count = version, trie.root, trie.count
+        if trie.replaced:
+            self._rest(version, trie.replaced)
+        self._begin()
+        return version
+
+    def _build(self, changes: dict[bytes, int]) -> None:
+        trie, words = self.trie, self._words
+        for key, cell in changes.items():
+            if cell:
+                trie.put(key, words[(cell >> 1) + 1], cell)
+            else:
+                trie.delete(key, self.hash(key))
+
+    def _undo(self, pointer: int, keep: set[int]) -> bool:
+        if pointer in keep:
+            return True
+        self.trie.free(pointer)
+        return False
+
+    def _make_room(self, *, only_deletes: bool) -> None:
+        freed = self._reclaim(self.version)
+        if not freed and not (only_deletes and self.arena.open_reserve()):
+            raise StateFull("no room for the trie's nodes; delete keys", flow=self._flow)
+
+    # Rest and reuse
+
+    def _rest(self, version: int, pointers: list[int]) -> None:
+        words = 0
+        memory = self._words
+        for pointer in pointers:
+            if pointer & 1:
+                lengths = memory[(pointer >> 1) + 2]
+                words += CELL_HEAD + (lengths >> KEY_SHIFT + 3) + ((lengths & PAYLOAD_MASK) >> 3)
+            else:
+                words += NODE
+        self._resting.append((version, pointers, words))
+        self._resting_words += words
+        if self._resting_words > REST_WORDS and self._resting_words > self.arena.used >> 3:
+            # Half of it, so that the pins are looked at once for many commits.
+            rest = self._resting_words >> 1
+            horizon = version
+            for horizon, _, size in self._resting:
+                rest -= size
+                if rest <= 0:
+                    break
+            self._reclaim(min(horizon, version - 1))
+            self.arena.refill_reserve()
+
+    def _reclaim(self, horizon: int) -> bool:
+        """Free what was replaced up to version *horizon* and no pin needs; False if there was nothing."""
+        words = self._words
+        if not self._resting and not self._held:
+            return False
+        if horizon > words[W_HORIZON]:
+            words[W_HORIZON] = horizon
+        # HORIZON must be seen before the pins are looked at (store-load).
+        fence()
+        pinned = PinnedVersions(self._segment)
+        trie = self.trie
+        freed = False
+        if self._held and pinned != self._held_for:
+            held = self._held
+            self._held = []
+            for version, pointer in held:
+                if pinned.needs(trie.birth(pointer), version):
+                    self._held.append((version, pointer))
+                else:
+                    trie.free(pointer)
+                    freed = True
+        self._held_for = pinned
+        unpinned = pinned.oldest is None
+        resting = self._resting
+        while resting and resting[0][0] <= horizon:
+            version, pointers, size = resting.popleft()
+            self._resting_words -= size
+            for pointer in pointers:
+                if unpinned or not pinned.needs(trie.birth(pointer), version):
+                    trie.free(pointer)
+                    freed = True
+                else:
+                    self._held.append((version, pointer))
+        return freed
+
+    @property
+    def tree(self) -> tuple[int, int]:
+        """Root and number of keys of the last version."""
+        return self._root, self._count
+
+    # For the statistics
+
+    @property
+    def bytes_used(self) -> int:
+        """Bytes of the arena that are not free, memory at rest included."""
+        return self.arena.used * WORD
+
+    @property
+    def bytes_free(self) -> int:
+        """Bytes of the capacity that are left."""
+        return self.arena.free * WORD
+
+    @property
+    def bytes_pinned(self) -> int:
+        """Bytes kept for snapshots only."""
+        total = 0
+        for _, pointer in self._held:
+            index = pointer >> 1
+            if pointer & 1:
+                lengths = self._words[index + 2]
+                total += block_size(cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK))
+            else:
+                total += NODE
+        return total * WORD
+
+    def __repr__(self) -> str:
+        return f"<StoreWriter of {self._flow!r} at version {self.version}, {self._count} keys>"

@@ -1,0 +1,206 @@
+"""Reads: how a process gets at a committed version without stopping anybody.
+
+Owns: nothing in shared memory but, through `pins`, this process's pins.
+Written by: nobody; a plain read stores nothing, so readers scale with cores.
+Order of a read: load VERSION; load its record; walk; copy the payload; *then* load HORIZON and compare.
+    Load-load order, free on x86-64, makes the comparison speak for all that was read before it.
+If we die here: nothing is left but pins, which the coordinator clears.
+Invariants: nothing read is decoded or returned before the horizon has been checked. Until then it may be
+    anything: steps out of the claimed memory raise IndexError, depth is bounded, and either means "again".
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+from ..segment import R_COUNT, R_ROOT, RECORD, RING, W_HORIZON, W_RING, W_VERSION, Segment
+from ..words import WORD, read_fence
+from .pins import Pins
+from .trie import CELL_HEAD, KEY_SHIFT, LEVELS, PAYLOAD_MASK, Hash, deep_find, walk
+
+__all__ = ["Cell", "StoreReader", "Version"]
+
+TRIES = 16
+"""Plain reads that the horizon may overtake before a read takes a pin."""
+
+ARRAYS = 0xC1
+"""First byte of a payload with arrays (`values`)."""
+
+_DEPTHS = range(LEVELS)
+
+
+class Cell:
+    """A cell as a pinned version holds it: valid only while the version is pinned."""
+
+    __slots__ = ("birth", "key", "payload")
+
+    def __init__(self, birth: int, key: bytes, payload: memoryview) -> None:
+        self.birth = birth
+        self.key = key
+        self.payload = payload
+
+
+class Version:
+    """A pinned version: number, root of its tree, number of keys. Release it exactly once."""
+
+    __slots__ = ("count", "is_exact", "number", "root")
+
+    def __init__(self, number: int, root: int, count: int, *, is_exact: bool = True) -> None:
+        self.number = number
+        self.root = root
+        self.count = count
+        self.is_exact = is_exact
+
+    def __repr__(self) -> str:
+        return f"<Version {self.number}, {self.count} keys>"
+
+
+class StoreReader:
+    """Reads the state, from any process. Thread-safe."""
+
+    def __init__(self, segment: Segment, pins: Pins) -> None:
+        self._segment = segment
+        self._pins = pins
+        self.hash = Hash(segment.hash_key)
+        self._words, self._buffer = segment.claimed()
+
+    def version(self) -> int:
+        """The last committed version."""
+        return int(self._words[W_VERSION])
+
+    def get(self, key: bytes, digest: int, known: int = -1) -> tuple[int, int, bytes | None] | None:
+        """The committed cell of *key*: version read, version that wrote it, payload. None when absent.
+
+        Args:
+            digest: `hash` of the key.
+            known: the version that wrote the payload that the caller has already. If it is still that
+                one, the payload is None. It is None too when it holds arrays: those are read under a pin.
+        """
+        for _ in range(TRIES):
+            words, buffer = self._words, self._buffer
+            version = words[W_VERSION]
+            read_fence()
+            try:
+                pointer = words[W_RING + version % RING * RECORD + R_ROOT]
+                bits = digest
+                for _ in _DEPTHS:
+                    if pointer & 1 or not pointer:
+                        break
+                    pointer = words[(pointer >> 1) + (bits & 31)]
+                    bits >>= 5
+                else:
+                    pointer = deep_find(words, pointer, key, self.hash)
+                found = None
+                if pointer:
+                    index = pointer >> 1
+                    if words[index + 1] == digest:
+                        birth = words[index]
+                        lengths = words[index + 2]
+                        start = (index + CELL_HEAD) * WORD
+                        middle = start + (lengths >> KEY_SHIFT)
+                        if bytes(buffer[start:middle]) == key:
+                            middle = middle + 7 & ~7
+                            if birth == known or buffer[middle] == ARRAYS:
+                                found = (version, birth, None)
+                            else:
+                                end = middle + (lengths & PAYLOAD_MASK)
+                                found = (version, birth, bytes(buffer[middle:end]))
+            except IndexError:
+                # Strayed, or the memory has grown since we looked.
+                self._words, self._buffer = self._segment.claimed()
+                continue
+            # All that was read before the horizon (load-load).
+            read_fence()
+            if words[W_HORIZON] <= version:
+                return found
+        # Overtaken again and again (a huge value, a starved process): take a pin.
+        pinned = self.pin()
+        try:
+            cell = self.find(pinned, key, digest)
+            if cell is None:
+                return None
+            skip = cell.birth == known or cell.payload[0] == ARRAYS
+            return pinned.number, cell.birth, None if skip else bytes(cell.payload)
+        finally:
+            self.unpin(pinned)
+
+    def pin(self) -> Version:
+        """Pin the last committed version."""
+        while (version := self._pin(exact=False)) is None:
+            pass  # commits went by between the two steps: each try has a newer version
+        return version
+
+    def pin_exact(self) -> Version | None:
+        """As `pin`, or None when this process has no exact pin left."""
+        for _ in range(TRIES):
+            version = self._pin(exact=True)
+            if version is not None:
+                return version
+        return None
+
+    def _pin(self, *, exact: bool) -> Version | None:
+        words = self._words
+        number = words[W_VERSION]
+        acquire = self._pins.acquire_exact if exact else self._pins.acquire
+        if not acquire(number):
+            return None
+        record = W_RING + number % RING * RECORD
+        root, count = words[record + R_ROOT], words[record + R_COUNT]
+        # The record before the horizon, which covers the ring too (load-load).
+        read_fence()
+        if words[W_HORIZON] > number:
+            self._pins.release(number)
+            return None
+        # What the version reaches was claimed before it was published.
+        self._words, self._buffer = self._segment.claimed()
+        return Version(number, root, count, is_exact=self._pins.is_exact(number))
+
+    def hold(self, version: Version) -> None:
+        """Pin a version that is pinned already once more."""
+        self._pins.acquire(version.number)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another process, our parent, owns the pins."""
+        return self._pins.pid != os.getpid()
+
+    def unpin(self, version: Version) -> None:
+        """Let go of a version that `pin` returned."""
+        self._pins.release(version.number)
+
+    def find(self, version: Version, key: bytes, digest: int) -> Cell | None:
+        """The cell of *key* in a pinned version."""
+        words = self._words
+        pointer = version.root
+        bits = digest
+        for _ in _DEPTHS:
+            if pointer & 1 or not pointer:
+                break
+            pointer = words[(pointer >> 1) + (bits & 31)]
+            bits >>= 5
+        else:
+            pointer = deep_find(words, pointer, key, self.hash)
+        if not pointer:
+            return None
+        cell = self._cell(pointer)
+        return cell if cell.key == key else None
+
+    def cells(self, version: Version) -> Iterator[Cell]:
+        """Every cell of a pinned version, in the order of the hashes."""
+        for pointer in walk(self._words, version.root):
+            if pointer & 1:
+                yield self._cell(pointer)
+
+    def _cell(self, pointer: int) -> Cell:
+        words, buffer = self._words, self._buffer
+        index = pointer >> 1
+        lengths = words[index + 2]
+        start = (index + CELL_HEAD) * WORD
+        middle = start + (lengths >> KEY_SHIFT)
+        key = bytes(buffer[start:middle])
+        middle = middle + 7 & ~7
+        return Cell(words[index], key, buffer[middle : middle + (lengths & PAYLOAD_MASK)].toreadonly())
+
+    def __repr__(self) -> str:
+        return f"<StoreReader at version {self.version()}>"

@@ -1,0 +1,278 @@
+"""The trie: a persistent hash-array-mapped trie of 32-way nodes over a keyed 64-bit hash.
+
+Owns: the layout of nodes and cells, and how to walk and to edit them. It knows nothing of versions that
+    readers see (`commit`), nor of who still needs old ones (`pins`).
+Written by: the coordinator; a block that a published root reaches is never written again.
+Read by: everybody, without any lock, so what is read may be memory that is being reused: a walk is
+    bounded in depth, a step out of the claimed memory raises IndexError, and nothing that was read may be
+    trusted before the horizon has been checked (`reader`).
+
+A pointer is one word: 0 is empty; otherwise ``index << 1 | tag``, tag 0 for a node, 1 for a cell.
+
+A node, 33 words::
+
+    birth: the version that made it      <- pointer's index - 1
+    32 pointers                          <- pointer's index
+
+A cell::
+
+    birth: the version that made it      <- pointer's index
+    hash of the key
+    key length << 44 | payload length, both in bytes
+    key, padded to 8 bytes
+    payload (msgpack), padded to 8 bytes
+
+Level n is chosen by bits 5n .. 5n+4 of the hash. Twelve levels use it up; keys that still agree go on
+with the hash of the key under another salt (`Hash.again`), so that no collision is special.
+Source of the idea: Bagwell, "Ideal Hash Trees" (2001), here with plain arrays instead of bitmaps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+from ..words import WORD
+from .arena import Arena
+
+__all__ = ["CELL_HEAD", "LEVELS", "MAX_DEPTH", "NODE", "Hash", "Trie", "cell_words", "deep_find", "walk"]
+
+FANOUT = 32
+NODE = FANOUT + 1
+"""Words in a node."""
+CELL_HEAD = 3
+"""Words ahead of a cell's key."""
+LEVELS = 12
+"""Levels that one 64-bit hash can choose."""
+MAX_DEPTH = 8 * LEVELS
+KEY_SHIFT = 44
+PAYLOAD_MASK = (1 << KEY_SHIFT) - 1
+MAX_KEY = 1 << 16
+
+_EMPTY = bytes(FANOUT * WORD)
+
+
+class Hash:
+    """The keyed hash: BLAKE2b, so that nobody can choose keys that collide."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def __call__(self, key: bytes) -> int:
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8, key=self._key).digest(), "little")
+
+    def again(self, key: bytes, block: int) -> int:
+        """The hash for levels ``12 * block`` and below."""
+        salt = block.to_bytes(8, "little")
+        return int.from_bytes(hashlib.blake2b(key, digest_size=8, key=self._key, salt=salt).digest(), "little")
+
+
+def cell_words(key_length: int, payload_length: int) -> int:
+    """Words in a cell."""
+    return CELL_HEAD + (key_length + 7 >> 3) + (payload_length + 7 >> 3)
+
+
+def deep_find(words: memoryview, pointer: int, key: bytes, hashing: Hash) -> int:
+    """Go on below the levels that the first hash chose; return a cell's pointer or 0."""
+    for block in range(1, MAX_DEPTH // LEVELS):
+        digest = hashing.again(key, block)
+        for _ in range(LEVELS):
+            if pointer & 1 or not pointer:
+                return pointer
+            pointer = words[(pointer >> 1) + (digest & 31)]
+            digest >>= 5
+    raise IndexError("deeper than any trie")
+
+
+def walk(words: memoryview, root: int) -> Iterator[int]:
+    """Every pointer below *root*, nodes before what they hold. Safe under a pin only."""
+    stack = [root] if root else []
+    while stack:
+        pointer = stack.pop()
+        yield pointer
+        if not pointer & 1:
+            node = pointer >> 1
+            stack += filter(None, words[node : node + FANOUT].tolist())
+
+
+class Trie:
+    """The writer's hand on the trie: edits the tree of the version that is being made.
+
+    Blocks born in `version` are private until it is published, so they are changed in place; older ones
+    are copied first, and what they replace is collected in `replaced`.
+    """
+
+    def __init__(self, words: memoryview, buffer: memoryview, arena: Arena, hashing: Hash) -> None:
+        self._words = words
+        self._buffer = buffer
+        self._arena = arena
+        self._hash = hashing
+        self.version = 0
+        self.root = 0
+        self.count = 0
+        self.made: list[int] = []
+        self.replaced: list[int] = []
+
+    def begin(self, version: int, root: int, count: int) -> None:
+        """Start to make *version* out of the tree at *root*."""
+        self.version, self.root, self.count = version, root, count
+        self.made, self.replaced = [], []
+
+    def rollback(self) -> None:
+        """Free everything that was made since `begin`."""
+        for pointer in self.made:
+            self.free(pointer)
+        self.made, self.replaced = [], []
+
+    def free(self, pointer: int) -> None:
+        """Give a block back to the arena."""
+        index = pointer >> 1
+        if pointer & 1:
+            lengths = self._words[index + 2]
+            self._arena.release(index, cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK))
+        else:
+            self._arena.release(index - 1, NODE)
+
+    def birth(self, pointer: int) -> int:
+        """The version that made a block."""
+        index = pointer >> 1
+        return int(self._words[index if pointer & 1 else index - 1])
+
+    def new_cell(self, key: bytes, digest: int, payload: bytes | bytearray | memoryview) -> int:
+        """Write a cell; return its pointer.
+
+        Raises:
+            StateFull: there is no room; nothing was changed.
+        """
+        key_length, length = len(key), len(payload)
+        index = self._arena.allocate(cell_words(key_length, length))
+        words = self._words
+        words[index] = self.version
+        words[index + 1] = digest
+        words[index + 2] = key_length << KEY_SHIFT | length
+        start = (index + CELL_HEAD) * WORD
+        buffer = self._buffer
+        buffer[start : start + key_length] = key
+        start += key_length + 7 & ~7
+        buffer[start : start + length] = payload
+        pointer = index << 1 | 1
+        self.made.append(pointer)
+        return pointer
+
+    def put(self, key: bytes, digest: int, cell: int) -> None:
+        """Make *cell* the cell of *key*."""
+        words = self._words
+        version = self.version
+        parent = -1  # the word that points to where we are; -1 is the root
+        pointer = self.root
+        bits = digest
+        depth = 0
+        while pointer and not pointer & 1:
+            node = pointer >> 1
+            if words[node - 1] != version:
+                node = self._copy(node, parent)
+            parent = node + (bits & 31)
+            pointer = words[parent]
+            bits >>= 5
+            depth += 1
+            if depth % LEVELS == 0:
+                bits = self._hash.again(key, depth // LEVELS)
+        if not pointer:
+            self.count += 1
+        elif self.key_of(pointer) == key:
+            self.replaced.append(pointer)
+        else:
+            self.count += 1
+            cell = self._split(pointer, cell, key, bits, depth)
+        self._set(parent, cell)
+
+    def _split(self, old: int, new: int, key: bytes, bits: int, depth: int) -> int:
+        """Return a subtree that holds two cells whose hashes agree above *depth*."""
+        words = self._words
+        old_key = self.key_of(old)
+        block, level = divmod(depth, LEVELS)
+        old_bits = (self._hash.again(old_key, block) if block else words[(old >> 1) + 1]) >> 5 * level
+        top = slot = -1
+        while True:
+            if depth >= MAX_DEPTH:
+                raise AssertionError("two keys share 480 bits of hash")
+            node = self._new_node()
+            if top < 0:
+                top = node
+            else:
+                words[slot] = node << 1
+            mine, other = bits & 31, old_bits & 31
+            if mine != other:
+                words[node + mine] = new
+                words[node + other] = old
+                return top << 1
+            slot = node + mine
+            bits >>= 5
+            old_bits >>= 5
+            depth += 1
+            if depth % LEVELS == 0:
+                bits = self._hash.again(key, depth // LEVELS)
+                old_bits = self._hash.again(old_key, depth // LEVELS)
+
+    def delete(self, key: bytes, digest: int) -> None:
+        """Remove the key, which must be there; a node left with a single cell gives way to it."""
+        words = self._words
+        version = self.version
+        parents = [-1]
+        pointer = self.root
+        bits = digest
+        while pointer and not pointer & 1:
+            node = pointer >> 1
+            if words[node - 1] != version:
+                node = self._copy(node, parents[-1])
+            parent = node + (bits & 31)
+            parents.append(parent)
+            pointer = words[parent]
+            bits >>= 5
+            if (len(parents) - 1) % LEVELS == 0:
+                bits = self._hash.again(key, (len(parents) - 1) // LEVELS)
+        self.replaced.append(pointer)
+        self.count -= 1
+        remains = 0
+        for level in range(len(parents) - 1, -1, -1):
+            self._set(parents[level], remains)
+            if level == 0:
+                break
+            above = parents[level - 1]
+            node = (self.root if above < 0 else words[above]) >> 1
+            left = [child for child in words[node : node + FANOUT].tolist() if child]
+            if len(left) > 1 or (left and not left[0] & 1):
+                break
+            self.replaced.append(node << 1)
+            remains = left[0] if left else 0
+
+    def key_of(self, cell: int) -> bytes:
+        """A cell's key."""
+        index = cell >> 1
+        start = (index + CELL_HEAD) * WORD
+        return bytes(self._buffer[start : start + (self._words[index + 2] >> KEY_SHIFT)])
+
+    def _set(self, parent: int, pointer: int) -> None:
+        if parent < 0:
+            self.root = pointer
+        else:
+            self._words[parent] = pointer
+
+    def _copy(self, node: int, parent: int) -> int:
+        """Copy an older node, hang the copy in its place, return its index."""
+        words = self._words
+        copy = self._arena.allocate(NODE) + 1
+        words[copy - 1] = self.version
+        words[copy : copy + FANOUT] = words[node : node + FANOUT]
+        self.made.append(copy << 1)
+        self.replaced.append(node << 1)
+        self._set(parent, copy << 1)
+        return copy
+
+    def _new_node(self) -> int:
+        node = self._arena.allocate(NODE) + 1
+        self._words[node - 1] = self.version
+        start = node * WORD
+        self._buffer[start : start + len(_EMPTY)] = _EMPTY
+        self.made.append(node << 1)
+        return node

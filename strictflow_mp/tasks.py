@@ -1,0 +1,194 @@
+"""Tasks: the `write` and `read` decorators, and what they make of a function."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import pickle
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar
+
+from . import place
+from .core import READ_PRIORITY, WRITE_PRIORITY, priority
+from .functions import dumps, reference_to
+from .future import TaskFuture
+from .state import scope
+from .values import pack_key
+
+if TYPE_CHECKING:
+    from .flow import StrictFlow
+
+__all__ = ["Task", "read", "write"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+NO_KEY: Any = object()
+
+
+class Task(Generic[P, R]):
+    """A function whose calls are tasks of a flow. Call it to submit one; the call returns a `TaskFuture`."""
+
+    def __init__(
+        self,
+        flow: StrictFlow,
+        function: Callable[P, R],
+        level: int,
+        *,
+        key: Any = NO_KEY,
+        where: str = "loop",
+        timeout: float | None = None,
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self.__strictflow_function__ = function
+        self.flow = flow
+        self.priority = level
+        self.key = key
+        self.packed_key = None if key is NO_KEY else pack_key(key)
+        self.where = where
+        self.timeout = timeout
+        self.name: str = getattr(function, "__name__", repr(function))
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> TaskFuture[R]:
+        if self.where == "worker":
+            return self._run_here(args, kwargs)
+        return self.flow.submit(self, [(args, kwargs)])[0]
+
+    def map(self, *iterables: Iterable[Any]) -> list[TaskFuture[R]]:
+        """Submit a call for each item (for each tuple of items, given several iterables), in one go."""
+        calls = [(args, {}) for args in zip(*iterables)]
+        if self.where == "worker":
+            return [self._run_here(args, {}) for args, _ in calls]
+        return self.flow.submit(self, calls)
+
+    def _run_here(self, args: Any, kwargs: Any) -> TaskFuture[R]:
+        future: TaskFuture[R] = TaskFuture(_Here(), 0, self.name)
+        if inspect.iscoroutinefunction(self.__strictflow_function__):
+            return self._run_here_async(args, kwargs)
+        token = priority.set(READ_PRIORITY)
+        try:
+            with self.flow.snapshot() as snapshot:
+                scoped = scope.set({**(scope.get() or {}), self.flow.name: snapshot})
+                try:
+                    future.settle(self._body(snapshot, args, kwargs))
+                finally:
+                    scope.reset(scoped)
+        except Exception as error:
+            future.settle(error=error)
+        finally:
+            priority.reset(token)
+        return future
+
+    def _body(self, snapshot: Any, args: Any, kwargs: Any) -> Any:
+        function: Callable[..., Any] = self.__strictflow_function__
+        if self.packed_key is None:
+            return function(*args, **kwargs)
+        return function(snapshot.get(self.key), *args, **kwargs)
+
+    def _run_here_async(self, args: Any, kwargs: Any) -> TaskFuture[R]:
+        future: TaskFuture[R] = TaskFuture(_Here(), 0, self.name)
+
+        async def run() -> None:
+            priority.set(READ_PRIORITY)
+            try:
+                async with self.flow.snapshot() as snapshot:
+                    scope.set({**(scope.get() or {}), self.flow.name: snapshot})
+                    future.settle(await self._body(snapshot, args, kwargs))
+            except asyncio.CancelledError:
+                future.settle_cancelled()
+                raise
+            except Exception as error:
+                future.settle(error=error)
+
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            asyncio.run(run())
+        else:
+            future.runner = running.create_task(run())
+        return future
+
+    def __strictflow_adopt__(self, loop: place.Inside) -> None:
+        # The coordinator imported the module that made this task's flow: without a name, that is another one.
+        self.flow.adopt(loop)
+
+    def __strictflow_by_value__(self) -> Any:
+        options = {"key": self.key, "where": self.where, "timeout": self.timeout}
+        if self.key is NO_KEY:
+            del options["key"]
+        return _rebuild, (self.flow, self.__strictflow_function__, self.priority, options)
+
+    def __reduce__(self) -> Any:
+        # The name leads back to this object in every process that can import the module, or that runs the
+        # same script (as `__mp_main__`); what else there is, cloudpickle takes by value (`functions.dumps`).
+        if reference_to(self, self.__strictflow_function__) or "<" not in self.__qualname__:
+            return self.__qualname__
+        return pickle.loads, (dumps(self),)
+
+    def __repr__(self) -> str:
+        return f"<P{self.priority} task {self.name} of flow {self.flow.name!r}>"
+
+
+def _rebuild(flow: StrictFlow, function: Callable[..., Any], level: int, options: dict[str, Any]) -> Any:
+    return Task(flow, function, level, **options)
+
+
+class _Here:
+    """The port of a future that is done when its maker returns."""
+
+    def wait(self, future: TaskFuture[Any], timeout: float | None) -> None:
+        if timeout is None or timeout > 0:
+            future.wait_here(3600 if timeout is None else timeout)
+
+    def serve(self) -> None:
+        pass
+
+    def cancel(self, future: TaskFuture[Any], *, wait: bool) -> bool:
+        return False
+
+
+def write(
+    flow: StrictFlow, *, key: Any = NO_KEY, timeout: float | None = None
+) -> Callable[[Callable[..., R]], Task[..., R]]:
+    """Make a function a P1 task: it changes the state, alone, first in line, all or nothing.
+
+    In the function, ``flow.state`` is a transaction: what it hands out are private mutable copies, and changes
+    in place count. An exception rolls everything back. It runs in the coordinator's process.
+
+    Args:
+        key: the function's first argument is then a private copy of that key's value (None when absent), its
+            return value the new value. Returning None aborts: `IntegrityError`.
+        timeout: seconds after which it is stopped and rolled back: `TaskTimeout`.
+    """
+
+    def decorate(function: Callable[..., R]) -> Task[..., R]:
+        return Task(flow, function, WRITE_PRIORITY, key=key, timeout=timeout)
+
+    return decorate
+
+
+def read(
+    flow: StrictFlow,
+    *,
+    key: Any = NO_KEY,
+    where: Literal["loop", "worker"] = "loop",
+    timeout: float | None = None,
+) -> Callable[[Callable[..., R]], Task[..., R]]:
+    """Make a function a P2 task: it sees the state after every P1 that was submitted before it began.
+
+    Async P2 tasks overlap with each other, and are paused at their next await while a P1 runs.
+
+    Args:
+        key: the function's first argument is then that key's read-only value (None when absent).
+        where: "loop" runs it in SF-LOOP; "worker" in the calling process, behind the gate and on one version
+            throughout, so it scales with cores.
+        timeout: seconds after which it is stopped: `TaskTimeout`. Only in SF-LOOP.
+    """
+    if where not in ("loop", "worker"):
+        raise ValueError(f'where must be "loop" or "worker", not {where!r}')
+
+    def decorate(function: Callable[..., R]) -> Task[..., R]:
+        return Task(flow, function, READ_PRIORITY, key=key, where=where, timeout=timeout)
+
+    return decorate
