@@ -29,6 +29,7 @@ import re
 import struct
 import sys
 from collections.abc import Callable
+from pickle import PickleBuffer
 from typing import Any
 
 from .errors import SerializationError
@@ -192,9 +193,11 @@ def array_from(
     dtype = dtype_from(spec)
     if offset + math.prod(shape) * dtype.itemsize > len(area):
         raise ValueError("an array points out of the value")
-    # Straight over the buffer, with no view in between, so that every view that a user derives from the
-    # array keeps this very object alive, which is what *hold* watches.
-    array = _numpy().ndarray(tuple(shape), dtype, area, offset, order="F" if fortran else "C")
+    # A PickleBuffer, for NumPy takes a memoryview apart: the array would keep what is below it and not the
+    # view, so that the memory could be closed or made writable under it. And there must be no array in
+    # between, else what a user derives from this one keeps that alive, and not this, which *hold* watches.
+    buffer = PickleBuffer(area)
+    array = _numpy().ndarray(tuple(shape), dtype, buffer, offset, order="F" if fortran else "C")
     if private:
         return _private(array)
     if not array.flags.aligned:

@@ -127,7 +127,7 @@ class Client:
                 "protocol": wire.PROTOCOL,
                 "pid": os.getpid(),
                 "python": platform.python_version_tuple()[:2],
-                "path": [path for path in sys.path if isinstance(path, str) and path],
+                "path": [path for path in sys.path if path],
             }
             welcome = wire.greet(sock, greeting)
             if "refused" in welcome:
@@ -150,7 +150,10 @@ class Client:
             return
         with self._submitting:
             attachment.stream.send(wire.pack_frame(wire.GOODBYE))
-        self._lose(attachment, lambda future: FlowNotRunning(f"{future.label}(): the handle was closed", flow=self.name))
+        self._lose(
+            attachment,
+            lambda future: FlowNotRunning(f"{future.label}(): the handle was closed", flow=self.name),
+        )
 
     def after_fork(self) -> None:
         """In a forked child: the connection, the slot and the pins are the parent's."""

@@ -99,9 +99,7 @@ class Coordinator:
         owner = Identity(*options["owner"]) if options["owner"] else None
         self._sessions = Sessions(listener, authkey, segment, gate, welcome, owner)
         reader = StoreReader(segment, Pins(segment, 0))
-        self._loop = SFLoop(
-            name, self._writer, reader, gate, self._sessions, task_timeout=options["task_timeout"]
-        )
+        self._loop = SFLoop(name, self._writer, reader, gate, self._sessions, task_timeout=options["task_timeout"])
         self._loop.report = self._report
         place.enter(self._loop)
         signal.set_wakeup_fd(self._sessions.wakeup_fd, warn_on_full_buffer=False)
@@ -134,7 +132,8 @@ class Coordinator:
         import psutil  # 15 ms that a start does not need
 
         segment, loop = self._segment, self._loop
-        assert segment is not None and self._sessions is not None
+        assert segment is not None
+        assert self._sessions is not None
         words = segment.words
         workers = []
         for session in self._sessions:

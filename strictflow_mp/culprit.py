@@ -25,9 +25,7 @@ TOO_DEEP = (
     "store it flat, for example as a list in which items refer to each other by index"
 )
 
-PART_OF_ITSELF = (
-    "it is part of itself: store it flat, for example as a dict in which items refer to each other by key"
-)
+PART_OF_ITSELF = "it is part of itself: store it flat, for example as a dict in which items refer to each other by key"
 
 _CONTAINERS = frozenset({dict, FrozenDict, list, FrozenList, tuple, set, FrozenSet, frozenset})
 _PLAIN = (dict, list, tuple, frozenset, set, str, bytes, int, float, complex)
@@ -108,7 +106,8 @@ def too_deep(value: Any) -> bool:
 
 def name_of(kind: type) -> str:
     """The name of a class as a person would import it."""
-    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    module = getattr(kind, "__module__", "builtins")  # it may be missing where code is made at runtime
+    return kind.__qualname__ if module == "builtins" else f"{module}.{kind.__qualname__}"
 
 
 def advice(value: Any) -> str:

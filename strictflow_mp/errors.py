@@ -103,9 +103,7 @@ class StateFull(StrictFlowError):
 class SerializationError(StrictFlowError, TypeError):
     """A value that cannot be stored; `path` says where in it (`config.handlers[3]`)."""
 
-    def __init__(
-        self, message: str = "", *, path: str = "", flow: str | None = None, key: object = None
-    ) -> None:
+    def __init__(self, message: str = "", *, path: str = "", flow: str | None = None, key: object = None) -> None:
         super().__init__(message, flow=flow, key=key)
         self.path = path
 

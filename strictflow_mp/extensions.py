@@ -51,8 +51,7 @@ TUPLE, SET, FROZENSET, INT, COMPLEX, DECIMAL, UUID, ENUM = range(-2, -10, -1)
 DATETIME, DATE, TIME, TIMEDELTA, ARRAY, SCALAR = range(-10, -16, -1)
 
 _NAMES = (
-    "Timestamp tuple set frozenset int complex Decimal UUID Enum "
-    "datetime date time timedelta ndarray numpy.generic"
+    "Timestamp tuple set frozenset int complex Decimal UUID Enum datetime date time timedelta ndarray numpy.generic"
 )
 NAMES = dict(enumerate(_NAMES.split()[::-1], SCALAR))
 """Code -> name of the type."""
@@ -142,8 +141,7 @@ def _encode_enum(extend: _Extend, member: Enum) -> Any:
     if kind.__members__.get(name) is not member:
         if not isinstance(member, Flag):
             raise SerializationError(
-                f"{reprlib.repr(member)} cannot be stored, because its class does not list it: "
-                "store its value"
+                f"{reprlib.repr(member)} cannot be stored, because its class does not list it: store its value"
             )
         name = member._value_
     # A spawned child has imported the main module under this other name.
@@ -186,18 +184,14 @@ _ENCODERS: dict[type, Callable[[_Extend, Any], Any]] = {
     datetime: _encode_datetime,
     date: lambda extend, value: extend.fields(DATE, [value.year, value.month, value.day]),
     time: lambda extend, value: extend.fields(TIME, _clock(value)),
-    timedelta: lambda extend, value: extend.fields(
-        TIMEDELTA, [value.days, value.seconds, value.microseconds]
-    ),
+    timedelta: lambda extend, value: extend.fields(TIMEDELTA, [value.days, value.seconds, value.microseconds]),
 }
 
 # Types of modules that are not imported for their sake: who has such a value has imported them.
 _LATE: dict[tuple[str, str], Callable[[_Extend, Any], Any]] = {
     ("decimal", "Decimal"): lambda _, value: _extension((DECIMAL, str(value).encode())),
     ("uuid", "UUID"): lambda _, value: _extension((UUID, value.bytes)),
-    ("numpy", "ndarray"): lambda extend, value: extend.fields(
-        ARRAY, arrays.array_fields(value, extend.parts)
-    ),
+    ("numpy", "ndarray"): lambda extend, value: extend.fields(ARRAY, arrays.array_fields(value, extend.parts)),
     ("numpy", "generic"): lambda extend, value: extend.fields(SCALAR, arrays.scalar_fields(value)),
 }
 
@@ -207,7 +201,7 @@ def _late_encoder(kind: type) -> Callable[[_Extend, Any], Any] | None:
         return _encode_enum
     for (module, name), encode in _LATE.items():
         known = getattr(sys.modules.get(module), name, None)
-        scalar = name == "generic" and known and kind.__module__ == "numpy" and issubclass(kind, known)
+        scalar = name == "generic" and known and issubclass(kind, known) and name_of(kind)[:6] == "numpy."
         if kind is known or scalar:
             return _ENCODERS.setdefault(kind, encode)
     return None

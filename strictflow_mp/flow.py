@@ -60,7 +60,7 @@ class StrictFlow:
         restart: bool = True,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        if name is not None and (not isinstance(name, str) or not name or "\0" in name):
+        if name is not None and (type(name) is not str or not name or "\0" in name):
             raise ValueError(f"a flow's name must be a non-empty str, not {name!r}")
         for label, number, least in (
             ("capacity", capacity, 1),

@@ -75,8 +75,8 @@ def _is_importable(name: str) -> bool:
         return False
     if found is None:
         # Editable installs and the like bring finders of their own, which a fresh interpreter has too.
-        return top in sys.modules and getattr(loaded.loader, "__module__", "").startswith("__editable__")
-    return found.origin == loaded.origin
+        return str(getattr(loaded.loader, "__module__", "")).startswith("__editable__")
+    return bool(found.origin == loaded.origin)
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class Gate:
         finished = self.finished
         behind = [
             (slot, target)
-            for slot, (target, done) in enumerate(zip(self.submitted.tolist(), finished.tolist()))
+            for slot, (target, done) in enumerate(zip(self.submitted.tolist(), finished.tolist(), strict=True))
             if target > done
         ]
         if not behind:
@@ -135,9 +135,7 @@ class Gate:
             self._words[self._waits] += 1
             self._words[self._waited] += int((time.monotonic() - began) * 1e9)
 
-    def _wait_asleep(
-        self, behind: list[tuple[int, int]], deadline: float | None, check: Callable[[], None]
-    ) -> bool:
+    def _wait_asleep(self, behind: list[tuple[int, int]], deadline: float | None, check: Callable[[], None]) -> bool:
         while True:
             if self._leader.acquire(blocking=False):
                 try:
@@ -266,9 +264,9 @@ class GateKeeper:
         if self._waiting == self._nobody:
             return
         for slot, waiting in enumerate(self._waiting.tolist()):
-            if waiting and (semaphore := self._semaphores.get(slot)) is not None:
-                if not _value(semaphore):
-                    semaphore.release()
+            semaphore = self._semaphores.get(slot) if waiting else None
+            if semaphore is not None and not _value(semaphore):
+                semaphore.release()
 
     def stop(self) -> None:
         """Raise the flag for good, so that no read takes the fast path any more; wake everybody."""
@@ -288,4 +286,3 @@ def _value(semaphore: posix_ipc.Semaphore) -> int:
         return int(semaphore.value)
     except AttributeError:  # macOS has no sem_getvalue
         return 0
-

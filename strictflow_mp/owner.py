@@ -142,7 +142,7 @@ def ask_to_stop(client: Client, *, drain: bool, timeout: float | None) -> None:
 
 
 def _read_answer(descriptor: int, deadline: float) -> bytes:
-    received = []
+    received: list[bytes] = []
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)
     while True:

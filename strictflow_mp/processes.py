@@ -111,9 +111,7 @@ def open_pidfd(pid: int) -> int:
 # A fresh interpreter. It never imports the user's __main__, so it needs no `if __name__` guard and starts
 # from daemonic processes, gunicorn, Celery and notebooks alike.
 
-_BOOT = (
-    "import sys; sys.path.insert(0, {root!r}); from strictflow_mp.processes import boot; boot({entry!r})"
-)
+_BOOT = "import sys; sys.path.insert(0, {root!r}); from strictflow_mp.processes import boot; boot({entry!r})"
 
 
 class Child:
@@ -177,7 +175,11 @@ os.register_at_fork(after_in_child=_abandon_children)
 
 
 def launch(
-    entry: str, message: dict[str, Any], *, pass_fds: tuple[int, ...] = (), pickler: Callable[[Any], bytes] = pickle.dumps
+    entry: str,
+    message: dict[str, Any],
+    *,
+    pass_fds: tuple[int, ...] = (),
+    pickler: Callable[[Any], bytes] = pickle.dumps,
 ) -> Child:
     """Start a fresh interpreter that calls ``entry(message)``.
 

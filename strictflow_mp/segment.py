@@ -37,6 +37,7 @@ from __future__ import annotations
 import errno
 import os
 import secrets
+import struct
 import sys
 import threading
 from multiprocessing import resource_tracker, shared_memory
@@ -137,6 +138,7 @@ class Segment:
         self.slots = slots
         self.size = size
         self._mapping = mapping
+        assert mapping.buf is not None
         self.buffer: memoryview = mapping.buf[:size]
         self.words = words_of(self.buffer)
         position = W_RING + RING * RECORD
@@ -200,11 +202,9 @@ class Segment:
         """
         mapping = _map(name, 0)
         try:
-            head = words_of(mapping.buf[: 16 * WORD]) if mapping.size >= PAGE else None
-            fields = head.tolist() if head is not None else [0] * 16
-            if head is not None:
-                head.release()
-            magic, layout, size, slots = fields[:4]
+            assert mapping.buf is not None
+            fields = struct.unpack_from("4Q", mapping.buf) if mapping.size >= PAGE else (0, 0, 0, 0)
+            magic, layout, size, slots = fields
             sound = magic == MAGIC and size <= mapping.size and slots < 1 << 16
             if not sound or cls.control_bytes(slots) > size:
                 raise ProtocolError(
@@ -314,5 +314,3 @@ def unlink(name: str) -> None:
         posix_ipc.unlink_shared_memory("/" + name)
     except posix_ipc.ExistentialError:
         pass
-
-

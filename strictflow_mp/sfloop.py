@@ -35,12 +35,12 @@ from .future import TaskFuture
 from .gate import GateKeeper
 from .scheduler import Job, Scheduler, State, Step
 from .sessions import Session, Sessions
-from .state import View, decode
+from .state import View
 from .stats import Counters
 from .stepper import Stepper, run_alone
-from .store import Cell, StoreReader, StoreWriter, Version
+from .store import StoreReader, StoreWriter, Version
 from .transaction import Burst, Changes, Transaction
-from .values import pack, pack_key, unpack, unpack_frozen, unpack_key
+from .values import pack, unpack, unpack_key
 from .wire import Frame
 
 __all__ = ["SFLoop"]
@@ -69,7 +69,7 @@ class _Call(Job):
     function: Function | None = None
     arguments: bytes = b""
     changes: Changes | None = None
-    future: TaskFuture[Any] | None = None
+    future: _LocalFuture | None = None
     arrived: int = 0
     answer: bytes = b""
     has_failed: bool = False
@@ -353,8 +353,7 @@ class SFLoop:
             for job in jobs:
                 if not job.has_failed and job.state is not State.CANCELLED:
                     self._fail(job, full)
-        if 0 in counts:
-            del counts[0]  # tasks that tasks submitted: slot 0 counts bursts
+        counts.pop(0, None)  # tasks that tasks submitted: slot 0 counts bursts
         gate.finish(counts)
         now = time.perf_counter_ns()
         counters = self.counters[1]
@@ -469,7 +468,8 @@ class SFLoop:
 
     def _run_read(self) -> None:
         job = self.scheduler.next_read()
-        assert isinstance(job, _Call) and job.function is not None
+        assert isinstance(job, _Call)
+        assert job.function is not None
         function = job.function
         token = priority.set(2)
         try:

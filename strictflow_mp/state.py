@@ -248,7 +248,7 @@ class FlowState(MutableMapping[Any, Any]):
         except TypeError:
             known = None  # unhashable: pack_key says what is wrong with it
         if known is not None:
-            birth, value, size, packed, digest = known
+            birth, value, _, packed, digest = known
             found = reader.get(packed, digest, birth)
         else:
             packed = pack_key(key)
@@ -359,6 +359,5 @@ def pack_changes(changes: Mapping[Any, Any]) -> dict[bytes, bytes | None]:
         SerializationError: one of them cannot be stored; says where.
     """
     return {
-        pack_key(key): pack(value, key if isinstance(key, str) else f"state[{key!r}]")
-        for key, value in changes.items()
+        pack_key(key): pack(value, key if isinstance(key, str) else f"state[{key!r}]") for key, value in changes.items()
     }

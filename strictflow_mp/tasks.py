@@ -41,6 +41,7 @@ class Task(Generic[P, R]):
         timeout: float | None = None,
     ) -> None:
         functools.update_wrapper(self, function)
+        self.__qualname__: str = getattr(function, "__qualname__", "<callable>")
         self.__strictflow_function__ = function
         self.flow = flow
         self.priority = level
@@ -57,7 +58,7 @@ class Task(Generic[P, R]):
 
     def map(self, *iterables: Iterable[Any]) -> list[TaskFuture[R]]:
         """Submit a call for each item (for each tuple of items, given several iterables), in one go."""
-        calls = [(args, {}) for args in zip(*iterables)]
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [(args, {}) for args in zip(*iterables, strict=False)]
         if self.where == "worker":
             return [self._run_here(args, {}) for args, _ in calls]
         return self.flow.submit(self, calls)

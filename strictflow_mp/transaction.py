@@ -43,8 +43,8 @@ class Burst:
         cell = self._reader.find(self._version, key, self._reader.hash(key))
         return None if cell is None else bytes(cell.payload)
 
-    def keys(self) -> Iterator[bytes]:
-        """Every packed key."""
+    def __iter__(self) -> Iterator[bytes]:
+        """Every packed key, as of now."""
         changed = self._payloads
         for cell in self._reader.cells(self._version):
             if cell.key not in changed:
@@ -80,9 +80,7 @@ class Burst:
         Raises:
             StateFull: there is no room for the tree's nodes; nothing is committed.
         """
-        changes = {
-            key: cell for key, cell in self._cells.items() if cell or self._committed(key) is not None
-        }
+        changes = {key: cell for key, cell in self._cells.items() if cell or self._committed(key) is not None}
         if not changes:
             return False
         self._writer.publish(changes)
@@ -148,7 +146,7 @@ class Transaction(MutableMapping[Any, Any]):
 
     def _keys(self) -> list[bytes]:
         entries = self._entries
-        keys = [key for key in self._burst.keys() if key not in entries]
+        keys = [key for key in self._burst if key not in entries]
         return keys + [key for key, entry in entries.items() if entry.value is not _GONE]
 
     def __iter__(self) -> Iterator[Any]:

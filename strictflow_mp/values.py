@@ -133,9 +133,7 @@ def has_arrays(data: Packed) -> bool:
     return len(data) > 0 and data[0] == arrays.MAGIC
 
 
-def _unpack_framed(
-    data: Packed, error: Exception, *, frozen: bool, hold: Callable[[Any], object] | None = None
-) -> Any:
+def _unpack_framed(data: Packed, error: Exception, *, frozen: bool, hold: Callable[[Any], object] | None = None) -> Any:
     """Unpack what plain msgpack did not take: it has a frame for arrays, or is damaged.
 
     To look for the frame only now costs a value with arrays 1 µs, and every other nothing.

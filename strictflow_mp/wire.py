@@ -106,7 +106,7 @@ class Stream:
                 unpacker.feed(self._view[:count])
                 frames += unpacker
             except Exception as error:
-                raise ProtocolError(f"a damaged frame arrived ({error or type(error).__name__})") from error
+                raise ProtocolError(f"a damaged frame arrived ({str(error) or type(error).__name__})") from error
             for frame in frames:
                 if type(frame) is not tuple or not frame:
                     raise ProtocolError(f"a frame must be an array, not {type(frame).__name__}")
@@ -234,7 +234,7 @@ def accept_greeting(sock: socket.socket, authkey: bytes, timeout: float) -> dict
             answer_challenge(connection, authkey)
             greeting = msgpack.unpackb(connection.recv_bytes(MAX_GREETING))
         except (AuthenticationError, AssertionError, ValueError) as error:
-            raise ProtocolError(f"a connection was refused: {error or type(error).__name__}") from error
+            raise ProtocolError(f"a connection was refused: {str(error) or type(error).__name__}") from error
     if not isinstance(greeting, dict):
         raise ProtocolError("a connection was refused: its greeting is damaged")
     return greeting

@@ -101,7 +101,12 @@ class WorkerGroup:
 
     def _launch(self, name: str, number: int) -> Child:
         args = (number, *self._args) if self._is_numbered else self._args
-        message = {**self._message, "args": functions.dumps(args), "name": name, "log_level": configured_level()}
+        message = {
+            **self._message,
+            "args": functions.dumps(args),
+            "name": name,
+            "log_level": configured_level(),
+        }
         return launch("strictflow_mp.workers:main", message)
 
     def _supervise(self) -> None:
@@ -137,7 +142,8 @@ class WorkerGroup:
             self._supervisor.join(left())
             if self._supervisor.is_alive():
                 return False
-        return all([worker._child.wait(left()) is not None for worker in self.workers])
+        ended = [worker._child.wait(left()) for worker in self.workers]
+        return None not in ended
 
     def terminate(self) -> None:
         """End them all: SIGTERM, and after five seconds SIGKILL. None is restarted."""

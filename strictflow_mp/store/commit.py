@@ -206,12 +206,11 @@ class StoreWriter:
         if self._resting_words > REST_WORDS and self._resting_words > self.arena.used >> 3:
             # Half of it, so that the pins are looked at once for many commits.
             rest = self._resting_words >> 1
-            horizon = version
-            for horizon, _, size in self._resting:
+            for replaced_at, _, size in self._resting:
                 rest -= size
                 if rest <= 0:
+                    self._reclaim(min(replaced_at, version - 1))
                     break
-            self._reclaim(min(horizon, version - 1))
             self.arena.refill_reserve()
 
     def _reclaim(self, horizon: int) -> bool:

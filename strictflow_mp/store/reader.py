@@ -91,7 +91,7 @@ class StoreReader:
                     bits >>= 5
                 else:
                     pointer = deep_find(words, pointer, key, self.hash)
-                found = None
+                found: tuple[int, int, bytes | None] | None = None
                 if pointer:
                     index = pointer >> 1
                     if words[index + 1] == digest:
