@@ -144,7 +144,9 @@ def array_fields(array: Any, parts: Parts) -> list[Any]:
     """The fields of *array*, whose elements are appended to *parts* (a copy only if it has gaps)."""
     fields = dtype_fields(array.dtype)
     if not array.flags.forc:
-        array = array.copy(order="C")
+        whole = _numpy().zeros(array.shape, array.dtype)  # what lies between fields is not left to chance
+        whole[...] = array
+        array = whole
     fortran = not array.flags.c_contiguous
     offset = _aligned(parts[-1][0] + parts[-1][1].nbytes) if parts else 0
     parts.append((offset, memoryview(_flat(array) if array.nbytes else b"")))

@@ -13,6 +13,7 @@ from .client import ATTACH, Client, client_of
 from .errors import StrictFlowError
 from .future import TaskFuture
 from .owner import Owner, ask_to_stop
+from .rendezvous import Place
 from .state import Snapshot, pack_changes
 from .stats import FlowStats
 from .values import pack_key
@@ -166,6 +167,11 @@ class StrictFlow:
 
     def __exit__(self, kind: object, *exc_info: object) -> None:
         self.stop_loop(drain=kind is None)
+
+    @property
+    def is_running(self) -> bool:
+        """Whether a coordinator serves this flow."""
+        return self._inside is not None or Place.of(self.name).is_inhabited()
 
     def close(self) -> None:
         """Detach this process. The flow goes on; a later use attaches again."""

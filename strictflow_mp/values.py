@@ -193,14 +193,12 @@ def unpack_key(data: Packed) -> Any:
     Raises:
         ProtocolError: *data* is damaged, or no key.
     """
-    key = unpack(data)
-    if type(key) is str:
-        return key
     try:
-        return _canonical(key)
-    except SerializationError:
+        key = unpack(data)
+        return key if type(key) is str else _canonical(key)
+    except SerializationError as error:
         raise ProtocolError(
-            f"a packed key is damaged, or foreign: no key is of type {culprit.name_of(type(key))}; "
+            f"a packed key is damaged, or foreign ({error}): "
             "let all processes of a flow use the same version of strictflow_mp"
         ) from None
 
