@@ -86,7 +86,7 @@ class Coordinator:
         self._writer = StoreWriter(segment, name)
         self._writer.create()
         if options["state"]:
-            self._writer.publish({key: self._writer.stage(key, payload) for key, payload in options["state"].items()})
+            self._writer.publish(options["state"])
         gate = self._gate = GateKeeper(segment, self._token)
         authkey = self._lease.furnish(Resident(name, self._token, me.pid, me.start, me.boot))
         listener = wire.listen(self._lease.place.socket)
@@ -99,9 +99,10 @@ class Coordinator:
         owner = Identity(*options["owner"]) if options["owner"] else None
         self._sessions = Sessions(listener, authkey, segment, gate, welcome, owner)
         reader = StoreReader(segment, Pins(segment, 0))
-        self._loop = SFLoop(name, self._writer, reader, gate, self._sessions, task_timeout=options["task_timeout"])
-        self._loop.report = self._report
-        place.enter(self._loop)
+        self._loop = SFLoop(
+            name, self._writer, reader, gate, self._sessions, task_timeout=options["task_timeout"], report=self._report
+        )
+        place.enter(self._loop.inside)
         signal.set_wakeup_fd(self._sessions.wakeup_fd, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda number, frame: self._loop.stop())
 

@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Hashable
-from dataclasses import dataclass, field
 
 __all__ = ["BURST_TASKS", "BURST_TIME", "Job", "Scheduler", "State", "Step"]
 
@@ -41,14 +39,19 @@ class State(enum.Enum):
     CANCELLED = "cancelled"
 
 
-@dataclass(eq=False)
 class Job:
     """A task as the policy sees it: whose it is, its number there, its priority."""
 
-    owner: Hashable
-    number: int
-    priority: int
-    state: State = field(default=State.QUEUED, init=False)
+    __slots__ = ("number", "owner", "priority", "state")
+
+    def __init__(self, owner: int, number: int, priority: int) -> None:
+        self.owner = owner
+        self.number = number
+        self.priority = priority
+        self.state = State.QUEUED
+
+    def __repr__(self) -> str:
+        return f"<P{self.priority} #{self.number} of {self.owner}, {self.state.value}>"
 
 
 class Scheduler:
@@ -57,7 +60,7 @@ class Scheduler:
     def __init__(self) -> None:
         self._writes: deque[Job] = deque()
         self._reads: deque[Job] = deque()
-        self._queued: dict[tuple[Hashable, int], Job] = {}
+        self._queued: dict[tuple[int, int], Job] = {}
         self._async = 0
         self._async_turn = False
 
@@ -68,7 +71,7 @@ class Scheduler:
         (self._writes if job.priority == 1 else self._reads).append(job)
         self._queued[job.owner, job.number] = job
 
-    def cancel(self, owner: Hashable, number: int) -> Job | None:
+    def cancel(self, owner: int, number: int) -> Job | None:
         """Take a task back; None when it has started already, or is unknown.
 
         A cancelled P1 keeps its place in the queue: its owner's P1 tasks are counted in their order.

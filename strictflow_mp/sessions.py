@@ -132,16 +132,14 @@ class Sessions:
         if not session.is_open:
             return
         try:
-            while True:
-                frames = session.stream.receive()
-                if frames is None:
-                    self.close(session)
-                    return
-                if not frames:
-                    return
-                arrived.append((session, frames))
+            frames = session.stream.receive()
         except ProtocolError as error:
             self.expel(session, error)
+            return
+        if frames:
+            arrived.append((session, frames))
+        if session.stream.has_ended:
+            self.close(session)
 
     def expel(self, session: Session, error: Exception) -> None:
         """Close the connection of a process that broke the rules."""
@@ -310,10 +308,9 @@ class Sessions:
     @property
     def is_deserted(self) -> bool:
         """Whether the owner is proved dead and nobody is attached: time to end."""
-        if self._owner is None or not self._owner.is_dead() or self._ready:
+        if self._owner is None or self._ready or any(session.is_open for session in self._by_slot.values()):
             return False
-        self.reclaim()
-        return not any(session.is_open for session in self)
+        return self._owner.is_dead()
 
     def close_all(self, before: Callable[[Session], None] = lambda session: None) -> None:
         """Close everything."""

@@ -1,6 +1,6 @@
 """Transactions: what a P1 task sees and changes, and how the tasks of one burst build on each other.
 
-Owns: nothing shared. A `Burst` keeps the cells that its tasks staged; `StoreWriter.publish` commits them.
+Owns: nothing shared. A `Burst` collects the changes of its tasks; `StoreWriter.publish` commits them.
 Invariants: a task's changes enter the burst whole or not at all; what a task takes out is its own copy.
 """
 
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
-from .errors import StateFull
-from .store import StoreReader, StoreWriter, Version
+from .store import BURST_BYTES, StoreReader, StoreWriter, Version
 from .values import pack, pack_key, unpack, unpack_key
 
 __all__ = ["Burst", "Transaction"]
@@ -18,6 +17,9 @@ __all__ = ["Burst", "Transaction"]
 _GONE: Any = type("_Gone", (), {"__repr__": lambda self: "<deleted>"})()
 _PLAIN = frozenset({int, str, float, bool, bytes, type(None)})
 """Types that cannot change in place."""
+
+CELL_OVERHEAD = 512
+"""Bytes that a change may take in the tree beside its key and value: a cell's head and a copied path's share."""
 
 Changes = dict[bytes, bytes | None]
 """Packed key -> packed value, or None to delete."""
@@ -29,14 +31,17 @@ class Burst:
     def __init__(self, writer: StoreWriter, reader: StoreReader) -> None:
         self._writer = writer
         self._reader = reader
-        self._version = Version(writer.version, *writer.tree)
-        self._payloads: Changes = {}
-        self._cells: dict[bytes, int] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._version = Version(self._writer.version, *self._writer.tree)
+        self._changes: Changes = {}
+        self._weight = 0
 
     def lookup(self, key: bytes) -> bytes | None:
         """The packed value as of now, changes of earlier tasks included; None when absent."""
-        if key in self._payloads:
-            return self._payloads[key]
+        if key in self._changes:
+            return self._changes[key]
         return self._committed(key)
 
     def _committed(self, key: bytes) -> bytes | None:
@@ -45,7 +50,7 @@ class Burst:
 
     def __iter__(self) -> Iterator[bytes]:
         """Every packed key, as of now."""
-        changed = self._payloads
+        changed = self._changes
         for cell in self._reader.cells(self._version):
             if cell.key not in changed:
                 yield cell.key
@@ -59,38 +64,39 @@ class Burst:
         Raises:
             StateFull: there is no room; none was taken over.
         """
-        staged: dict[bytes, int] = {}
-        try:
-            for key, payload in changes.items():
-                staged[key] = 0 if payload is None else self._writer.stage(key, payload)
-        except StateFull:
-            for cell in filter(None, staged.values()):
-                self._writer.unstage(cell)
-            raise
-        for key, cell in staged.items():
-            former = self._cells.get(key)
-            if former:
-                self._writer.unstage(former)
-            self._cells[key] = cell
-            self._payloads[key] = changes[key]
+        weight = sum([len(key) + len(payload or b"") + CELL_OVERHEAD for key, payload in changes.items()])
+        if self._weight + weight > BURST_BYTES:
+            # Too heavy to be sure of its room: what is there is committed first, so that it can only harm itself.
+            self.publish()
+            self._changes = dict(changes)
+            try:
+                self.publish()
+            finally:
+                self._begin()
+            return
+        self._weight += weight
+        self._changes.update(changes)
 
-    def publish(self) -> bool:
-        """Commit what was applied; False when it amounts to nothing.
+    def publish(self) -> None:
+        """Commit what was applied, if it amounts to anything.
 
         Raises:
-            StateFull: there is no room for the tree's nodes; nothing is committed.
+            StateFull: there is no room; nothing is committed.
         """
-        changes = {key: cell for key, cell in self._cells.items() if cell or self._committed(key) is not None}
-        if not changes:
-            return False
-        self._writer.publish(changes)
-        return True
-
-    def __len__(self) -> int:
-        return len(self._cells)
+        changes = self._changes
+        if None in changes.values():
+            # Made and deleted within the burst: the committed tree has never heard of it.
+            changes = {
+                key: payload
+                for key, payload in changes.items()
+                if payload is not None or self._committed(key) is not None
+            }
+        if changes:
+            self._writer.publish(changes)
+            self._begin()
 
     def __repr__(self) -> str:
-        return f"<Burst on version {self._version.number}, {len(self._cells)} changes>"
+        return f"<Burst on version {self._version.number}, {len(self._changes)} changes>"
 
 
 class _Entry:

@@ -80,6 +80,7 @@ class Stream:
             unicode_errors="surrogatepass",
         )
         self._unsent = bytearray()
+        self.has_ended = False
 
     def fileno(self) -> int:
         """The descriptor, for poll and epoll."""
@@ -99,8 +100,9 @@ class Stream:
             except BlockingIOError:
                 return frames
             except (ConnectionResetError, BrokenPipeError):
-                return frames or None
+                count = 0
             if not count:
+                self.has_ended = True
                 return frames or None
             try:
                 unpacker.feed(self._view[:count])

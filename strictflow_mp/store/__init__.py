@@ -4,8 +4,8 @@
 `pins` keeps old ones alive for snapshots.
 """
 
-from .commit import StoreWriter
+from .commit import BURST_BYTES, StoreWriter
 from .pins import PinnedVersions, Pins, clear_pins
 from .reader import Cell, StoreReader, Version
 
-__all__ = ["Cell", "PinnedVersions", "Pins", "StoreReader", "StoreWriter", "Version", "clear_pins"]
+__all__ = ["BURST_BYTES", "Cell", "PinnedVersions", "Pins", "StoreReader", "StoreWriter", "Version", "clear_pins"]

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..errors import StateFull
 from ..segment import (
@@ -40,22 +40,24 @@ from ..segment import (
 from ..words import WORD, fence, publish_fence
 from .arena import Arena, block_size
 from .pins import PinnedVersions
-from .trie import CELL_HEAD, KEY_SHIFT, MAX_KEY, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
+from .trie import CELL_HEAD, KEY_SHIFT, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
 
-__all__ = ["StoreWriter"]
+__all__ = ["BURST_BYTES", "StoreWriter"]
 
 REST_WORDS = 1 << 19
 """Replaced memory that rests before it is reused: 4 MiB, or an eighth of what is claimed if that is more."""
 
 HEADROOM = 1 << 16
-"""Words that `roomy` promises: enough for the nodes of any burst."""
+"""Words that `is_roomy` promises."""
+
+BURST_BYTES = 1 << 18
+"""Payload that a burst may have in all: the other half of the headroom is for nodes."""
 
 
 class StoreWriter:
     """Makes new versions of the state.
 
-    A burst of tasks makes one version: `stage` writes a task's cells, `unstage` takes them back,
-    `publish` hangs all staged cells into the trie and flips VERSION.
+    A burst of tasks makes one version: `publish` builds its tree beside the last one, then flips VERSION.
     """
 
     def __init__(self, segment: Segment, flow: str) -> None:
@@ -103,49 +105,26 @@ class StoreWriter:
     def _begin(self) -> None:
         self.trie.begin(self.version + 1, self._root, self._count)
 
-    # Staging
+    # Committing
 
-    def roomy(self) -> bool:
-        """Whether a whole burst has room for its nodes; if not, publish each task alone."""
+    def is_roomy(self) -> bool:
+        """Whether a burst of up to `BURST_BYTES` of payload surely has room; if not, publish each task alone."""
         return self.arena.has_room(HEADROOM)
 
-    def stage(self, key: bytes, payload: bytes | bytearray | memoryview) -> int:
-        """Write a cell for the version that is being made; return its pointer.
+    def publish(self, changes: Mapping[bytes, bytes | None]) -> int:
+        """Commit: packed key -> packed value, None to delete (the key must be there). Return the new version.
 
         Raises:
-            StateFull: there is no room for it, even with all that rests; nothing was changed.
-        """
-        if len(key) > MAX_KEY:
-            raise StateFull(f"a key of {len(key):,} bytes is longer than {MAX_KEY:,}", flow=self._flow)
-        digest = self.hash(key)
-        try:
-            return self.trie.new_cell(key, digest, payload)
-        except StateFull:
-            if not self._reclaim(self.version):
-                raise
-            return self.trie.new_cell(key, digest, payload)
-
-    def unstage(self, pointer: int) -> None:
-        """Take a staged cell back."""
-        self.trie.made.remove(pointer)
-        self.trie.free(pointer)
-
-    def publish(self, changes: dict[bytes, int]) -> int:
-        """Commit: key -> staged cell, 0 to delete (the key must be there). Return the new version.
-
-        Raises:
-            StateFull: there is no room for the nodes; nothing was committed, all that was staged is gone.
+            StateFull: there is no room, even with all that rests; nothing was changed.
         """
         trie, words = self.trie, self._words
         try:
             self._build(changes)
         except StateFull:
-            root, count = self._root, self._count
-            keep = set(changes.values())
-            trie.made = [p for p in trie.made if self._undo(p, keep)]
-            trie.replaced, trie.root, trie.count = [], root, count
+            trie.rollback()
+            self._begin()
             try:
-                self._make_room(only_deletes=not any(changes.values()))
+                self._make_room(only_deletes=not any(payload is not None for payload in changes.values()))
                 self._build(changes)
             except StateFull:
                 trie.rollback()
@@ -171,19 +150,14 @@ class StoreWriter:
         self._begin()
         return version
 
-    def _build(self, changes: dict[bytes, int]) -> None:
-        trie, words = self.trie, self._words
-        for key, cell in changes.items():
-            if cell:
-                trie.put(key, words[(cell >> 1) + 1], cell)
+    def _build(self, changes: Mapping[bytes, bytes | None]) -> None:
+        trie, hashing = self.trie, self.hash
+        for key, payload in changes.items():
+            digest = hashing(key)
+            if payload is None:
+                trie.delete(key, digest)
             else:
-                trie.delete(key, self.hash(key))
-
-    def _undo(self, pointer: int, keep: set[int]) -> bool:
-        if pointer in keep:
-            return True
-        self.trie.free(pointer)
-        return False
+                trie.put(key, digest, trie.new_cell(key, digest, payload))
 
     def _make_room(self, *, only_deletes: bool) -> None:
         freed = self._reclaim(self.version)

@@ -104,8 +104,11 @@ class StoreReader:
                             if birth == known or buffer[middle] == ARRAYS:
                                 found = (version, birth, None)
                             else:
-                                end = middle + (lengths & PAYLOAD_MASK)
-                                found = (version, birth, bytes(buffer[middle:end]))
+                                length = lengths & PAYLOAD_MASK
+                                payload = bytes(buffer[middle : middle + length])
+                                if len(payload) < length:
+                                    raise IndexError  # a slice stops at the end without a word
+                                found = (version, birth, payload)
             except IndexError:
                 # Strayed, or the memory has grown since we looked.
                 self._words, self._buffer = self._segment.claimed()
@@ -171,6 +174,14 @@ class StoreReader:
 
     def find(self, version: Version, key: bytes, digest: int) -> Cell | None:
         """The cell of *key* in a pinned version."""
+        try:
+            return self._find(version, key, digest)
+        except IndexError:
+            # A pinned walk does not stray: the memory has grown since we looked.
+            self._words, self._buffer = self._segment.claimed()
+            return self._find(version, key, digest)
+
+    def _find(self, version: Version, key: bytes, digest: int) -> Cell | None:
         words = self._words
         pointer = version.root
         bits = digest
@@ -188,6 +199,7 @@ class StoreReader:
 
     def cells(self, version: Version) -> Iterator[Cell]:
         """Every cell of a pinned version, in the order of the hashes."""
+        self._words, self._buffer = self._segment.claimed()
         for pointer in walk(self._words, version.root):
             if pointer & 1:
                 yield self._cell(pointer)
@@ -200,7 +212,10 @@ class StoreReader:
         middle = start + (lengths >> KEY_SHIFT)
         key = bytes(buffer[start:middle])
         middle = middle + 7 & ~7
-        return Cell(words[index], key, buffer[middle : middle + (lengths & PAYLOAD_MASK)].toreadonly())
+        end = middle + (lengths & PAYLOAD_MASK)
+        if end > len(buffer):
+            raise IndexError  # a slice stops at the end without a word
+        return Cell(words[index], key, buffer[middle:end].toreadonly())
 
     def __repr__(self) -> str:
         return f"<StoreReader at version {self.version()}>"
