@@ -217,7 +217,7 @@ class SFLoop:
         counts: dict[int, int] = {}
         while (job := self.scheduler.next_write(0, 0)) is not None:
             self._refuse(job)
-            counts[job.owner] = counts.get(job.owner, 0) + 1  # type: ignore[index,call-overload]
+            counts[job.owner] = counts.get(job.owner, 0) + 1
         while self.scheduler.reads > len(self.stepper):
             self._refuse(self.scheduler.next_read())
         if counts:

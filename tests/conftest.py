@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -52,6 +53,7 @@ def runtime_dir() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(directory))
         yield directory
+    shutil.rmtree(directory, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)
@@ -64,8 +66,8 @@ def nothing_left(runtime_dir: Path, tracker_says: TextIO) -> Iterator[None]:
     yield
     _stop_forkserver()
     multiprocessing.active_children()  # reaps those that have ended
-    left = watch.left(DEADLINE)
-    watch.clean()
+    if left := watch.left(DEADLINE):
+        watch.clean()
     left += [f"resource tracker: {line}" for line in tracker_says.read().splitlines()]
     if left:
         pytest.fail("the test left behind:\n  " + "\n  ".join(left), pytrace=False)

@@ -12,7 +12,6 @@ How things are attributed to a test:
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +79,7 @@ class Watch:
         return report
 
     def clean(self) -> None:
-        """Remove by force whatever is left, the directory included."""
+        """Remove by force whatever is left."""
         for _ in range(5):  # one that is killed may just have started another
             if not (processes := self.processes()):
                 break
@@ -92,7 +91,8 @@ class Watch:
             psutil.wait_procs(processes, timeout=5)
         for name in self.shared():
             (SHARED / name).unlink(missing_ok=True)
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for path in self.files():
+            path.unlink(missing_ok=True)
 
 
 def _shared_objects() -> set[tuple[str, int]]:
@@ -100,7 +100,8 @@ def _shared_objects() -> set[tuple[str, int]]:
     if not SHARED.is_dir():
         return set()
     with os.scandir(SHARED) as entries:
-        return {(e.name, e.inode()) for e in entries if e.name.startswith(("sfmp-", "sem.sfmp-"))}
+        ours = [entry for entry in entries if entry.name.startswith(("sfmp-", "sem.sfmp-"))]
+        return {(entry.name, entry.inode()) for entry in ours if not entry.is_dir()}
 
 
 def _mapped_by_others(ours: list[psutil.Process]) -> set[int]:
