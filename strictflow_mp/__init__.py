@@ -27,9 +27,7 @@ from .flow import StrictFlow
 from .frozen import FrozenDict, FrozenList, FrozenSet
 from .future import TaskFuture
 from .state import Snapshot
-from .stats import FlowStats, Latency, WorkerStats
 from .tasks import Task, read, write
-from .workers import Worker, WorkerGroup
 
 __version__ = "0.1.0"
 
@@ -37,13 +35,11 @@ __all__ = [
     "CoordinatorLost",
     "FlowExists",
     "FlowNotRunning",
-    "FlowStats",
     "FrozenDict",
     "FrozenList",
     "FrozenSet",
     "GateTimeout",
     "IntegrityError",
-    "Latency",
     "ProtocolError",
     "ReadOnlyState",
     "SerializationError",
@@ -57,9 +53,6 @@ __all__ = [
     "TaskFuture",
     "TaskTimeout",
     "TooManyWorkers",
-    "Worker",
-    "WorkerGroup",
-    "WorkerStats",
     "read",
     "setup_logging",
     "write",

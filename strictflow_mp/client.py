@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import platform
 import select
 import sys
 import threading
@@ -108,11 +107,13 @@ class Client:
             return attachment
 
     def _connect(self, timeout: float) -> Attachment:
+        from . import handshake  # multiprocessing.connection takes 8 ms to import
+
         place = Place.of(self.name)
         deadline = time.monotonic() + timeout
         while True:
             try:
-                sock = wire.connect(place.socket, place.authkey(), max(timeout, 1.0))
+                sock = handshake.connect(place.socket, place.authkey(), max(timeout, 1.0))
                 break
             except (FileNotFoundError, ConnectionError, BlockingIOError, TimeoutError):
                 if time.monotonic() >= deadline:
@@ -126,10 +127,10 @@ class Client:
             greeting = {
                 "protocol": wire.PROTOCOL,
                 "pid": os.getpid(),
-                "python": platform.python_version_tuple()[:2],
+                "python": sys.version_info[:2],
                 "path": [path for path in sys.path if path],
             }
-            welcome = wire.greet(sock, greeting)
+            welcome = handshake.greet(sock, greeting)
             if "refused" in welcome:
                 kind = getattr(errors, str(welcome["refused"]), ProtocolError)
                 raise kind(str(welcome.get("text")), flow=self.name)

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import os
 import pickle
-import secrets
 import signal
 import time
 from multiprocessing import current_process
 from typing import Any
 
-from . import leftovers, place, wire
+from . import handshake, leftovers, place
 from .core import logger, setup_logging
 from .errors import StrictFlowError
 from .gate import GateKeeper
@@ -66,7 +65,7 @@ class Coordinator:
         self._name: str = options["name"]
         self._began = time.monotonic()
         self._lease = Lease.take(self._name)
-        self._token = secrets.token_hex(6)
+        self._token = os.urandom(6).hex()
         self._sessions: Sessions | None = None
         self._segment: Segment | None = None
         try:
@@ -89,7 +88,7 @@ class Coordinator:
             self._writer.publish(options["state"])
         gate = self._gate = GateKeeper(segment, self._token)
         authkey = self._lease.furnish(Resident(name, self._token, me.pid, me.start, me.boot))
-        listener = wire.listen(self._lease.place.socket)
+        listener = handshake.listen(self._lease.place.socket)
         welcome = {
             "segment": segment.name,
             "pid": me.pid,

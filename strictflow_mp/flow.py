@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import secrets
 import threading
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import place
 from .client import ATTACH, Client, client_of
@@ -15,10 +14,12 @@ from .future import TaskFuture
 from .owner import Owner, ask_to_stop
 from .rendezvous import Place
 from .state import Snapshot, pack_changes
-from .stats import FlowStats
 from .values import pack_key
 from .wire import STATS
-from .workers import Restart, WorkerGroup
+
+if TYPE_CHECKING:
+    from .stats import FlowStats
+    from .workers import Restart, WorkerGroup
 
 __all__ = ["StrictFlow"]
 
@@ -72,7 +73,7 @@ class StrictFlow:
             if number < least:
                 raise ValueError(f"{label} must be at least {least}, not {number}")
         self._is_named = name is not None
-        self.name = name if name is not None else f"unnamed-{os.getpid()}-{secrets.token_hex(4)}"
+        self.name = name if name is not None else f"unnamed-{os.getpid()}-{os.urandom(4).hex()}"
         self._first_state = state
         self._options = {
             "capacity": capacity,
@@ -241,10 +242,14 @@ class StrictFlow:
             processes: how many.
             restart: "never"; "on-failure", when the exit code is not 0; or "always".
         """
+        from .workers import WorkerGroup  # only those who spawn need it
+
         return WorkerGroup(target, args, processes, restart)
 
     def stats(self) -> FlowStats:
         """The state of the flow, at this moment."""
+        from .stats import FlowStats  # dataclasses take 8 ms to import
+
         fields = self._inside.stats() if self._inside is not None else self._client.ask(STATS)
         return FlowStats.from_dict(fields)
 

@@ -6,11 +6,13 @@ cannot read (a callback, `concurrent.futures.wait`, `await`) a background reader
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import asyncio
 
 __all__ = ["Port", "TaskFuture"]
 
@@ -102,6 +104,8 @@ class TaskFuture(Future[T]):
         return self._port.cancel(self, wait=True)
 
     def __await__(self) -> Generator[Any, None, T]:
+        import asyncio  # it takes 16 ms; here it is loaded already, for somebody awaits us
+
         if not self.done():
             loop = asyncio.get_running_loop()
             arrived: asyncio.Future[None] = loop.create_future()

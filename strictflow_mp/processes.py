@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
-from multiprocessing import spawn
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    import subprocess
 
 __all__ = ["Child", "Identity", "launch", "open_pidfd"]
 
@@ -56,8 +56,7 @@ def _read_boot() -> int:
         return 0
 
 
-@dataclass(frozen=True)
-class Identity:
+class Identity(NamedTuple):
     """A process, past or present: pid, start time (ticks since boot), boot of the machine."""
 
     pid: int
@@ -135,6 +134,8 @@ class Child:
 
     def wait(self, timeout: float | None = None) -> int | None:
         """Wait up to *timeout* seconds; return the exit code, or None when it still runs."""
+        import subprocess
+
         try:
             return self._popen.wait(timeout)
         except subprocess.TimeoutExpired:
@@ -188,6 +189,9 @@ def launch(
         message: what the function is given; it travels through the child's standard input.
         pass_fds: descriptors that the child keeps under their numbers.
     """
+    import subprocess  # neither is needed by a process that starts none
+    from multiprocessing import spawn
+
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     options = [f"-W{option}" for option in sys.warnoptions]
     options += [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]

@@ -36,7 +36,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import struct
 import sys
 import threading
@@ -179,7 +178,7 @@ class Segment:
             segment._claim_bytes(0, _round_up(segment.arena * WORD, PAGE), flow)
             words[W_LAYOUT], words[W_SIZE], words[W_SLOTS] = LAYOUT, size, slots
             words[W_PID], words[W_START] = pid, start
-            segment.buffer[W_KEY * WORD : (W_KEY + 2) * WORD] = secrets.token_bytes(16)
+            segment.buffer[W_KEY * WORD : (W_KEY + 2) * WORD] = os.urandom(16)
             encoded = flow.encode()[: NAME_BYTES - WORD]
             segment.buffer[W_NAME * WORD : W_NAME * WORD + len(encoded)] = encoded
             words[W_CLAIMED] = segment.arena

@@ -10,7 +10,6 @@ Invariants: a slot is given to another process only when its former process is p
 from __future__ import annotations
 
 import os
-import platform
 import select
 import socket
 import sys
@@ -19,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import wire
+from . import handshake, wire
 from .core import logger
 from .errors import ProtocolError
 from .gate import GateKeeper
@@ -160,7 +159,7 @@ class Sessions:
 
     def _shake_hands(self, newcomer: socket.socket) -> None:
         try:
-            greeting = wire.accept_greeting(newcomer, self._authkey, HANDSHAKE)
+            greeting = handshake.accept_greeting(newcomer, self._authkey, HANDSHAKE)
         except (OSError, EOFError):
             newcomer.close()
         except ProtocolError as error:
@@ -188,7 +187,7 @@ class Sessions:
             except _Refused as refusal:
                 answer = {"refused": refusal.args[0], "text": refusal.args[1]}
             try:
-                wire.welcome(newcomer, answer)
+                handshake.welcome(newcomer, answer)
             except OSError:
                 pass  # it has gone; the poll will notice
             if "refused" in answer:
@@ -209,14 +208,14 @@ class Sessions:
                 f"it speaks protocol {greeting.get('protocol')!r}, the coordinator {wire.PROTOCOL}; "
                 "use the same version of strictflow-mp in all processes of a flow",
             )
-        python = platform.python_version_tuple()[:2]
+        python = sys.version_info[:2]
         if tuple(greeting.get("python", ())) != python:
             raise _Refused(
                 "ProtocolError",
                 f"it runs Python {'.'.join(map(str, greeting.get('python', '?')))}, the coordinator "
-                f"{'.'.join(python)}; functions travel between them, so they must be the same",
+                f"{'.'.join(map(str, python))}; functions travel between them, so they must be the same",
             )
-        pid = wire.peer(newcomer)[0] or int(greeting.get("pid", 0))
+        pid = handshake.peer(newcomer)[0] or int(greeting.get("pid", 0))
         identity = Identity.of(pid)
         slot = self._free_slot(identity)
         if slot is None:

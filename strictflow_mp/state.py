@@ -6,7 +6,6 @@ compare when nothing has changed. Both hand out read-only values.
 
 from __future__ import annotations
 
-import asyncio
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
@@ -137,6 +136,8 @@ class Snapshot(View):
 
     async def __aenter__(self) -> Snapshot:
         if self._pinned is None and not self._is_open():
+            import asyncio  # loaded already: somebody awaits us
+
             await asyncio.get_running_loop().run_in_executor(None, self._at)
         self._at()
         return self

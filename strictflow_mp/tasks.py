@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import inspect
 import pickle
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar
 
 from . import place
 from .core import READ_PRIORITY, WRITE_PRIORITY, priority
-from .functions import dumps, reference_to
+from .functions import reference_to
 from .future import TaskFuture
 from .state import scope
 from .values import pack_key
@@ -25,6 +23,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 NO_KEY: Any = object()
+CO_COROUTINE = 0x80
 
 
 class Task(Generic[P, R]):
@@ -65,7 +64,7 @@ class Task(Generic[P, R]):
 
     def _run_here(self, args: Any, kwargs: Any) -> TaskFuture[R]:
         future: TaskFuture[R] = TaskFuture(_Here(), 0, self.name)
-        if inspect.iscoroutinefunction(self.__strictflow_function__):
+        if is_async(self.__strictflow_function__):
             return self._run_here_async(args, kwargs)
         token = priority.set(READ_PRIORITY)
         try:
@@ -88,6 +87,8 @@ class Task(Generic[P, R]):
         return function(snapshot.get(self.key), *args, **kwargs)
 
     def _run_here_async(self, args: Any, kwargs: Any) -> TaskFuture[R]:
+        import asyncio  # 16 ms that an import does not need
+
         future: TaskFuture[R] = TaskFuture(_Here(), 0, self.name)
 
         async def run() -> None:
@@ -125,10 +126,17 @@ class Task(Generic[P, R]):
         # same script (as `__mp_main__`); what else there is, cloudpickle takes by value (`functions.dumps`).
         if reference_to(self, self.__strictflow_function__) or "<" not in self.__qualname__:
             return self.__qualname__
+        from .byvalue import dumps
+
         return pickle.loads, (dumps(self),)
 
     def __repr__(self) -> str:
         return f"<P{self.priority} task {self.name} of flow {self.flow.name!r}>"
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling the function makes a coroutine. (`inspect` would cost the import 5 ms.)"""
+    return bool(getattr(getattr(function, "__code__", None), "co_flags", 0) & CO_COROUTINE)
 
 
 def _rebuild(flow: StrictFlow, function: Callable[..., Any], level: int, options: dict[str, Any]) -> Any:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 import cloudpickle
 
 from . import functions
+from .byvalue import dumps
 from .core import configured_level, logger, setup_logging
 from .processes import Child, launch
 
@@ -103,7 +104,7 @@ class WorkerGroup:
         args = (number, *self._args) if self._is_numbered else self._args
         message = {
             **self._message,
-            "args": functions.dumps(args),
+            "args": dumps(args),
             "name": name,
             "log_level": configured_level(),
         }

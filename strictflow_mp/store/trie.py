@@ -29,7 +29,6 @@ Source of the idea: Bagwell, "Ideal Hash Trees" (2001), here with plain arrays i
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 from ..words import WORD
@@ -55,15 +54,18 @@ class Hash:
     """The keyed hash: BLAKE2b, so that nobody can choose keys that collide."""
 
     def __init__(self, key: bytes) -> None:
+        from hashlib import blake2b  # 6 ms that an import does not need
+
+        self._blake2b = blake2b
         self._key = key
 
     def __call__(self, key: bytes) -> int:
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8, key=self._key).digest(), "little")
+        return int.from_bytes(self._blake2b(key, digest_size=8, key=self._key).digest(), "little")
 
     def again(self, key: bytes, block: int) -> int:
         """The hash for levels ``12 * block`` and below."""
         salt = block.to_bytes(8, "little")
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8, key=self._key, salt=salt).digest(), "little")
+        return int.from_bytes(self._blake2b(key, digest_size=8, key=self._key, salt=salt).digest(), "little")
 
 
 def cell_words(key_length: int, payload_length: int) -> int:
