@@ -150,7 +150,10 @@ class Client:
         if attachment is None or attachment.is_lost:
             return
         with self._submitting:
-            attachment.stream.send(wire.pack_frame(wire.GOODBYE))
+            # After the goodbye the slot is another's. While a snapshot or an array needs its pins it stays ours.
+            if not attachment.pins.are_held:
+                attachment.stream.send(wire.pack_frame(wire.GOODBYE))
+            attachment.is_lost = True
         self._lose(
             attachment,
             lambda future: FlowNotRunning(f"{future.label}(): the handle was closed", flow=self.name),
@@ -223,6 +226,8 @@ class Client:
             attachment = self.attach()
             room = self._wait_for_room(attachment)
             with self._submitting:
+                if attachment.is_lost:
+                    continue
                 frames = []
                 function = attachment.functions.get(task)
                 if function is None:
@@ -242,13 +247,16 @@ class Client:
 
     def put(self, changes: dict[bytes, bytes | None]) -> TaskFuture[Any]:
         """Submit a ready-made P1."""
-        attachment = self.attach()
-        self._wait_for_room(attachment)
-        with self._submitting:
-            future = self._new_future(attachment, "put")
-            self._send(attachment, wire.pack_frame(wire.PUT, future.number, list(changes.items())))
-            attachment.gate.raise_flag(1)
-        return future
+        while True:
+            attachment = self.attach()
+            self._wait_for_room(attachment)
+            with self._submitting:
+                if attachment.is_lost:
+                    continue
+                future = self._new_future(attachment, "put")
+                self._send(attachment, wire.pack_frame(wire.PUT, future.number, list(changes.items())))
+                attachment.gate.raise_flag(1)
+                return future
 
     def write(self, changes: dict[bytes, bytes | None]) -> None:
         """Submit a ready-made P1 and wait until it is committed."""

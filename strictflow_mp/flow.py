@@ -188,7 +188,8 @@ class StrictFlow:
             gated: whether to wait for the P1 tasks that were submitted before.
         """
         if self._inside is not None:
-            raise StrictFlowError("inside SF-LOOP the state stands still: use flow.state itself", flow=self.name)
+            inside: Snapshot = self._inside.snapshot()
+            return inside
         return self._client.state.snapshot(gated=gated)
 
     def peek(self, key: Any, default: Any = _MISSING) -> Any:

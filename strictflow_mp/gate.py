@@ -29,7 +29,7 @@ import posix_ipc
 from .segment import PREFIX, STOPPED, W_STATUS, Segment
 from .words import fence, publish_fence, read_fence
 
-__all__ = ["Gate", "GateKeeper", "semaphore_name", "unlink_semaphore"]
+__all__ = ["Gate", "GateKeeper", "condemn", "semaphore_name", "unlink_semaphore"]
 
 SPIN = 50e-6
 """Seconds that a reader looks at the words before it sleeps: about as long as a short P1 lasts. Waking an
@@ -174,8 +174,10 @@ class Gate:
             words[waiting] = 0
 
     def release(self) -> None:
-        """Drop the views and close the semaphore."""
-        self._semaphore.close()
+        """Close the semaphore, unless a thread sleeps on it."""
+        # The leader's place stays taken: nobody may sleep on a closed semaphore.
+        if self._leader.acquire(blocking=False):
+            self._semaphore.close()
 
     def __repr__(self) -> str:
         return f"<Gate of slot {self._slot}, {'open' if self.is_open() else 'closed'}>"
@@ -279,6 +281,27 @@ class GateKeeper:
 
     def __repr__(self) -> str:
         return f"<GateKeeper with {len(self._semaphores)} slots, {'open' if self.is_open() else 'closed'}>"
+
+
+def condemn(segment: Segment, token: str) -> None:
+    """Stop the flow of a coordinator that is proved dead: whoever is still attached finds out at its next read.
+
+    The caller holds the lock of the place, and is thereby the one writer of the dead coordinator's words.
+    """
+    words = segment.words
+    words[W_STATUS] = STOPPED
+    publish_fence()
+    words[segment.submitted] = words[segment.finished] + 1
+    # The flag before the look at who sleeps (store-load).
+    fence()
+    for slot, waiting in enumerate(words[segment.waiting : segment.waiting + segment.slots].tolist()):
+        if waiting:
+            try:
+                semaphore = posix_ipc.Semaphore(semaphore_name(token, slot))
+            except posix_ipc.ExistentialError:
+                continue
+            semaphore.release()
+            semaphore.close()
 
 
 def _value(semaphore: posix_ipc.Semaphore) -> int:

@@ -13,7 +13,7 @@ from .errors import ReadOnlyState, StrictFlowError
 from .future import TaskFuture
 from .jobs import Call, Function
 from .scheduler import Scheduler
-from .state import View
+from .state import Snapshot, View
 from .stepper import Stepper
 from .store import StoreReader, StoreWriter, Version
 from .transaction import Changes, Transaction
@@ -94,11 +94,16 @@ class Inside:
         self.name = name
         self.committed = _Committed(writer, reader)
         self.transaction: Transaction | None = None
+        self.reader = reader
         self.state: MutableMapping[Any, Any] = _State(self)
         self.stats = report
         self._scheduler = scheduler
         self._stepper = stepper
         self._last = 0
+
+    def snapshot(self) -> Snapshot:
+        """A view of the last committed version."""
+        return Snapshot(self.name, lambda: self.reader, lambda: True)
 
     def call(self, task: Any, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[TaskFuture[Any]]:
         """Queue calls of a task."""

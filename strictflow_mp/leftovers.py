@@ -10,7 +10,7 @@ import os
 
 from . import segment
 from .errors import FlowExists
-from .gate import semaphore_name
+from .gate import condemn, semaphore_name
 from .rendezvous import Lease, Resident, places
 
 __all__ = ["remove", "sweep"]
@@ -28,6 +28,8 @@ def remove(token: str) -> list[str]:
     try:
         opened = segment.Segment.open(name)
         slots = opened.slots
+        # Who is still attached must not go on reading a state that nobody changes any more.
+        condemn(opened, token)
         opened.close()
     except Exception:
         slots = 1 << 10  # damaged: its semaphores may have any number that we would give

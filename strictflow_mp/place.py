@@ -24,6 +24,9 @@ class Inside(Protocol):
     def put(self, changes: dict[bytes, bytes | None]) -> Any:
         """Queue a ready-made P1; return its future."""
 
+    def snapshot(self) -> Any:
+        """A view of the last committed version."""
+
     def stats(self) -> Any:
         """The statistics, at once."""
 

@@ -112,14 +112,14 @@ class Scheduler:
             return None
         job = self._writes.popleft()
         if job.state is State.QUEUED:
-            del self._queued[job.owner, job.number]
+            self._queued.pop((job.owner, job.number), None)
             job.state = State.RUNNING
         return job
 
     def next_read(self) -> Job:
         """The P2 task to run."""
         job = self._reads.popleft()
-        del self._queued[job.owner, job.number]
+        self._queued.pop((job.owner, job.number), None)
         job.state = State.RUNNING
         return job
 

@@ -186,6 +186,8 @@ class Sessions:
                 answer = self._admit(newcomer, greeting)
             except _Refused as refusal:
                 answer = {"refused": refusal.args[0], "text": refusal.args[1]}
+            except Exception as error:  # a damaged greeting, or no room for the semaphore
+                answer = {"refused": "ProtocolError", "text": f"it cannot be admitted: {error!r}"}
             try:
                 handshake.welcome(newcomer, answer)
             except OSError:
@@ -327,6 +329,8 @@ class Sessions:
         self.epoll.close()
         if self._owner_pidfd >= 0:
             os.close(self._owner_pidfd)
+        for newcomer, _ in self._ready:
+            newcomer.close()
         for sock in (self._listener, self._wakeup, self._wake):
             sock.close()
 

@@ -51,6 +51,10 @@ LOOKS = 1000
 _NO_ARGUMENTS: tuple[Sequence[Any], dict[str, Any]] = ((), {})
 
 
+def _is_change(pair: Any) -> bool:
+    return type(pair) is tuple and len(pair) == 2 and type(pair[0]) is bytes and type(pair[1]) in (bytes, type(None))
+
+
 class SFLoop:
     """The loop, and what it offers to the tasks that run in it."""
 
@@ -147,10 +151,9 @@ class SFLoop:
             self._queue(session, Call(session.slot, number, function.priority, session, function, arguments, {}))
         elif kind == wire.PUT:
             wire.check_fields(frame, int, tuple)
-            try:
-                changes = {bytes(key): payload for key, payload in frame[2]}
-            except (TypeError, ValueError) as error:
-                raise ProtocolError("a put's changes are damaged") from error
+            if not all(map(_is_change, frame[2])):
+                raise ProtocolError("a put's changes are damaged")
+            changes: Changes = dict(frame[2])
             self._queue(session, Call(session.slot, frame[1], 1, session, None, b"", changes))
         elif kind == wire.FUNCTION:
             wire.check_fields(frame, int, bool, bytes, str, int, (bytes, type(None)), (float, int, type(None)))
@@ -392,7 +395,7 @@ class SFLoop:
 
         def done(task: asyncio.Task[Any]) -> None:
             self.scheduler.async_ended()
-            del self._async_tasks[job.owner, job.number]
+            self._async_tasks.pop((job.owner, job.number), None)
             if task.cancelled():
                 self._fail(job, StrictFlowError(f"{function.name}() was cancelled", flow=self.name))
                 job.answer = wire.pack_frame(wire.CANCELLED, job.number)

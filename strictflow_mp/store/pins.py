@@ -84,6 +84,11 @@ class Pins:
             floor = min((v for v, (i, _) in self._holders.items() if i == FLOOR), default=None)
             self._words[word] = 0 if floor is None else floor + 1
 
+    @property
+    def are_held(self) -> bool:
+        """Whether a snapshot, or an array that somebody holds, still needs a version."""
+        return bool(self._holders)
+
     def is_exact(self, version: int) -> bool:
         """Whether a version that is pinned has a word of its own."""
         return self._holders[version][0] != FLOOR
