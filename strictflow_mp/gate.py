@@ -141,12 +141,13 @@ class Gate:
                 try:
                     self._lead(behind, deadline, check)
                 finally:
-                    self._leader.release()
                     with self._moved:
+                        self._leader.release()
                         self._moved.notify_all()
             else:
                 with self._moved:
-                    if not _reached(self.finished, behind):
+                    # The leader leaves under this lock, so it cannot go between the look and the sleep.
+                    if self._leader.locked() and not _reached(self.finished, behind):
                         self._moved.wait(SLICE)
             if _reached(self.finished, behind):
                 return True

@@ -36,7 +36,7 @@ from .stats import Counters
 from .stepper import Stepper, run_alone
 from .store import StoreReader, StoreWriter
 from .timelimit import TimeLimit
-from .transaction import Burst, Transaction
+from .transaction import Burst, Changes, Transaction
 from .values import pack, unpack, unpack_key
 from .wire import Frame
 
