@@ -20,8 +20,9 @@ from ..words import WORD
 __all__ = ["Arena", "block_size"]
 
 EXACT = 64
-RESERVE = 2048
-"""Words held back so that a delete can still commit when memory is full."""
+RESERVE = 64
+"""Blocks held back so that a delete can still commit when memory is full. It copies as many as it replaces, so
+they can be set aside again when it is done."""
 
 
 def block_size(words: int) -> int:
@@ -35,19 +36,24 @@ def block_size(words: int) -> int:
 class Arena:
     """Allocates blocks of words, from the coordinator's process only."""
 
-    def __init__(self, segment: Segment, flow: str) -> None:
+    def __init__(self, segment: Segment, flow: str, reserved_size: int) -> None:
         self._segment = segment
         self._flow = flow
         self.start = segment.arena
         self._free: dict[int, list[int]] = {}
         self._cursor = self._end = self.start
         self._spare: list[tuple[int, int]] = []  # extents (start, size), largest last
-        self._reserve = 0
+        self._reserved_size = reserved_size
+        self._reserve: list[int] = []
         self.used = 0
 
     def prepare(self) -> None:
-        """Claim the first memory and set the reserve aside."""
-        self._reserve = self.allocate(RESERVE)
+        """Claim the first memory and set the reserve aside.
+
+        Raises:
+            StateFull: there is no room for it.
+        """
+        self._reserve = [self.allocate(self._reserved_size) for _ in range(RESERVE)]
 
     @property
     def free(self) -> int:
@@ -88,22 +94,25 @@ class Arena:
             return True
         return self._grow(words) is None
 
+    @property
+    def is_reserve_full(self) -> bool:
+        """Whether all that should be held back is."""
+        return len(self._reserve) == RESERVE
+
     def open_reserve(self) -> bool:
-        """Let the next allocations use what was held back; False when it is in use already."""
-        if not self._reserve:
-            return False
-        self.release(self._reserve, RESERVE)
-        self._reserve = 0
-        self._join()
-        return True
+        """Let the next allocations use what was held back; False when there is nothing."""
+        blocks, self._reserve = self._reserve, []
+        for index in blocks:
+            self.release(index, self._reserved_size)
+        return bool(blocks)
 
     def refill_reserve(self) -> None:
-        """Set the reserve aside again, if there is room."""
-        if not self._reserve:
-            try:
-                self._reserve = self.allocate(RESERVE)
-            except StateFull:
-                pass
+        """Set the reserve aside again, as far as there is room."""
+        try:
+            while len(self._reserve) < RESERVE:
+                self._reserve.append(self.allocate(self._reserved_size))
+        except StateFull:
+            pass
 
     def rebuild(self, used: Iterable[tuple[int, int]]) -> None:
         """Forget everything; what is not in *used* (index, size in words) is free."""
@@ -120,43 +129,42 @@ class Arena:
             position = index + size
         self._cursor, self._end = position, self._segment.words_claimed
         self._spare = sorted(gaps, key=_size_of)
-        self._reserve = 0
+        self._reserve = []
         self.refill_reserve()
 
     def _refill(self, size: int) -> None:
         """Make the bump region at least *size* words long."""
-        full = self._grow(size)
-        if full is None:
-            return
-        self._join()
-        if self._end - self._cursor >= size:
-            return
-        if not self._spare or self._spare[-1][1] < size:
-            raise full
-        self._swap_region()
+        if self._grow(size) is not None:
+            self._join()
+            full = self._grow(size)
+            if full is not None:
+                raise full
 
     def _grow(self, size: int) -> StateFull | None:
         """Make the bump region that long from what lies spare or is not claimed yet; else say why not."""
+        if self._end - self._cursor >= size:
+            return None
         if self._spare and self._spare[-1][1] >= size:
-            self._swap_region()
+            self._take_region(len(self._spare) - 1)
             return None
         claimed = self._segment.words_claimed
-        # The region at the end of the claimed memory can grow in place.
-        grows = self._end == claimed
-        missing = size - (self._end - self._cursor) if grows else size
+        if self._end != claimed:
+            # What lies at the end of the claimed memory can grow in place.
+            for position, (start, length) in enumerate(self._spare):
+                if start + length == claimed:
+                    self._take_region(position)
+                    break
+            else:
+                self._retire_region()
+                self._cursor = self._end = claimed
         try:
-            gained = self._segment.claim(missing, self._flow)
+            self._end += self._segment.claim(size - (self._end - self._cursor), self._flow)
         except StateFull as full:
             return full
-        if grows:
-            self._end += gained
-        else:
-            self._retire_region()
-            self._cursor, self._end = claimed, claimed + gained
         return None
 
-    def _swap_region(self) -> None:
-        start, size = self._spare.pop()
+    def _take_region(self, position: int) -> None:
+        start, size = self._spare.pop(position)
         self._retire_region()
         self._cursor, self._end = start, start + size
 

@@ -65,7 +65,7 @@ class StoreWriter:
         self._flow = flow
         self._words = segment.words
         self.hash = Hash(segment.hash_key)
-        self.arena = Arena(segment, flow)
+        self.arena = Arena(segment, flow, NODE)
         self.trie = Trie(segment.words, segment.buffer, self.arena, self.hash)
         self._resting: deque[tuple[int, list[int], int]] = deque()  # version, pointers, words
         self._resting_words = 0
@@ -147,6 +147,9 @@ class StoreWriter:
         self.version, self._root, self._count = version, trie.root, trie.count
         if trie.replaced:
             self._rest(version, trie.replaced)
+        if not self.arena.is_reserve_full:
+            self._reclaim(version)
+            self.arena.refill_reserve()
         self._begin()
         return version
 

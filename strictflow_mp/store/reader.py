@@ -99,16 +99,15 @@ class StoreReader:
                         lengths = words[index + 2]
                         start = (index + CELL_HEAD) * WORD
                         middle = start + (lengths >> KEY_SHIFT)
+                        body = middle + 7 & ~7
+                        end = body + (lengths & PAYLOAD_MASK)
+                        if end > len(buffer):
+                            raise IndexError  # a slice would stop at the end without a word
                         if bytes(buffer[start:middle]) == key:
-                            middle = middle + 7 & ~7
-                            if birth == known or buffer[middle] == ARRAYS:
+                            if birth == known or buffer[body] == ARRAYS:
                                 found = (version, birth, None)
                             else:
-                                length = lengths & PAYLOAD_MASK
-                                payload = bytes(buffer[middle : middle + length])
-                                if len(payload) < length:
-                                    raise IndexError  # a slice stops at the end without a word
-                                found = (version, birth, payload)
+                                found = (version, birth, bytes(buffer[body:end]))
             except IndexError:
                 # Strayed, or the memory has grown since we looked.
                 self._words, self._buffer = self._segment.claimed()
@@ -210,12 +209,11 @@ class StoreReader:
         lengths = words[index + 2]
         start = (index + CELL_HEAD) * WORD
         middle = start + (lengths >> KEY_SHIFT)
-        key = bytes(buffer[start:middle])
-        middle = middle + 7 & ~7
-        end = middle + (lengths & PAYLOAD_MASK)
+        body = middle + 7 & ~7
+        end = body + (lengths & PAYLOAD_MASK)
         if end > len(buffer):
-            raise IndexError  # a slice stops at the end without a word
-        return Cell(words[index], key, buffer[middle:end].toreadonly())
+            raise IndexError  # a slice would stop at the end without a word
+        return Cell(words[index], bytes(buffer[start:middle]), buffer[body:end].toreadonly())
 
     def __repr__(self) -> str:
         return f"<StoreReader at version {self.version()}>"
