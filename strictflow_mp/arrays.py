@@ -190,7 +190,7 @@ def array_from(
         TypeError, ValueError: *fields* are damaged, or point out of *area*.
     """
     spec, fortran, offset, *shape = fields
-    if not all(type(number) is int and number >= 0 for number in (offset, *shape)):
+    if min([offset, *shape]) < 0:
         raise ValueError("the shape or the place of an array is damaged")
     dtype = dtype_from(spec)
     if offset + math.prod(shape) * dtype.itemsize > len(area):
@@ -231,8 +231,6 @@ def scalar_fields(scalar: Any) -> list[Any]:
         return ["U", str.__str__(scalar)]
     if isinstance(scalar, bytes):
         return ["S", bytes(scalar)]
-    if type(scalar) is not scalar.dtype.type:
-        raise SerializationError(f"a subclass of NumPy's {scalar.dtype.type.__name__} cannot be stored")
     return [dtype_fields(scalar.dtype), scalar.tobytes()]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import cloudpickle
 
-from .functions import MAINS, function_of, is_importable, reference_to
+from .references import MAINS, function_of, is_importable, reference_to
 
 __all__ = ["dumps"]
 

@@ -234,11 +234,8 @@ class Decode:
 
     def __call__(self, code: int, data: bytes) -> Any:
         decode = _DECODERS.get(code)
-        if decode is not None:
-            return decode(self, data)
-        if code < 0:
-            raise ValueError(f"extension {code} is not known")
-        return ExtType(code, data)
+        # What is not ours is the user's, or damaged if the code is negative: ExtType refuses that.
+        return ExtType(code, data) if decode is None else decode(self, data)
 
     def unpack(self, data: bytes | memoryview) -> Any:
         """Unpack msgpack that may hold extensions."""
@@ -309,7 +306,7 @@ def _decode_zone(zone: object = None, *name: str) -> tzinfo | None:
         return None
     if type(zone) is int:
         return timezone(timedelta(microseconds=zone), *name)
-    if type(zone) is not str:
+    if type(zone) is not str or name:
         raise ValueError("a time zone is damaged")
     try:
         import zoneinfo

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from . import functions
 from .errors import StrictFlowError
 from .future import TaskFuture
+from .references import function_of
 from .scheduler import Job
 from .sessions import Session
 from .transaction import Changes
@@ -22,7 +22,7 @@ class Function:
     """A function that a process has sent, and how to run it."""
 
     def __init__(self, target: Any, name: str, priority: int, key: bytes | None, timeout: float | None) -> None:
-        self.function = functions.function_of(target)
+        self.function = function_of(target)
         self.name = name
         self.priority = priority
         self.key = key

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar
 
 from . import place
 from .core import READ_PRIORITY, WRITE_PRIORITY, priority
-from .functions import reference_to
 from .future import TaskFuture
+from .references import reference_to
 from .state import scope
 from .values import pack_key
 
