@@ -61,14 +61,15 @@ class View(Mapping[Any, Any]):
         return self._find(key)[1] is not None
 
     def __iter__(self) -> Iterator[Any]:
-        return (unpack_key(cell.key) for cell in self._reader.cells(self._at()))
+        return (unpack_key(cell.key) for cell in self.cells())
 
     def __len__(self) -> int:
         return self._at().count
 
     def cells(self) -> Iterator[Cell]:
         """The packed keys and values, for tools that need sizes rather than values."""
-        return self._reader.cells(self._at())
+        version = self._at()
+        return self._reader.cells(version)
 
 
 class Snapshot(View):

@@ -40,7 +40,8 @@ def pack(value: Any, path: str = "value") -> bytes:
     """*value* as bytes.
 
     Types come back as they are, and subclasses are refused, but for these: `bytearray` and `memoryview`
-    come back as `bytes`, and what was read from the state as plain `dict`, `list` and `set`.
+    come back as `bytes`, and what was read from the state as plain `dict`, `list` and `set`. Msgpack takes
+    a `frozendict` (Python 3.15) for a `dict`; do not use one as a key or in a set, which a dict cannot be in.
 
     Args:
         path: what *value* is called in an error.
