@@ -152,6 +152,16 @@ class Inside:
 class _LocalFuture(TaskFuture[Any]):
     """The future of a task that a task submitted."""
 
+    @property
+    def _waiters(self) -> list[Any]:
+        if not self.done_now():
+            self._port.wait(self, None)  # concurrent.futures.wait() in a task: raise at once
+        return self._listeners
+
+    @_waiters.setter
+    def _waiters(self, value: list[Any]) -> None:
+        self._listeners = value
+
     def __await__(self) -> Any:
         port = self._port
         if isinstance(port, Inside) and port.transaction is not None and not self.done_now():

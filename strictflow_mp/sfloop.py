@@ -12,7 +12,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
+from types import CoroutineType
 from typing import Any
 
 from . import functions, wire
@@ -33,7 +34,7 @@ from .jobs import Broken, Call, Function, pack_result
 from .scheduler import Job, Scheduler, State, Step
 from .sessions import Session, Sessions
 from .stats import Counters
-from .stepper import Stepper, run_alone
+from .stepper import Stepper, run_alone, within_time
 from .store import StoreReader, StoreWriter
 from .timelimit import TimeLimit
 from .transaction import Burst, Changes, Transaction
@@ -331,16 +332,12 @@ class SFLoop:
 
     def _within(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Call within the task's time. A coroutine is run to its end, alone."""
-        timeout = self._timeout(function)
-        result = self._in_time(function, args, kwargs, timeout)
-        if not isinstance(result, Coroutine):
-            return result
-        try:
-            return run_alone(result, timeout)
-        except asyncio.TimeoutError:
-            if timeout is None:
-                raise
-            raise self._overrun(function.name, timeout) from None
+
+        def call() -> Any:
+            result = function.function(*args, **kwargs)
+            return run_alone(result) if isinstance(result, CoroutineType) else result
+
+        return self._in_time(function, call)
 
     def _timeout(self, function: Function) -> float | None:
         return function.timeout if function.timeout is not None else self.task_timeout
@@ -352,10 +349,11 @@ class SFLoop:
             flow=self.name,
         )
 
-    def _in_time(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any], timeout: float | None) -> Any:
+    def _in_time(self, function: Function, call: Callable[[], Any]) -> Any:
+        timeout = self._timeout(function)
         if timeout is None:
-            return function.function(*args, **kwargs)
-        kept, result = self._time_limit.call(timeout, lambda: function.function(*args, **kwargs))
+            return call()
+        kept, result = self._time_limit.call(timeout, call)
         if not kept:
             raise self._overrun(function.name, timeout)
         return result
@@ -372,10 +370,12 @@ class SFLoop:
             args, kwargs = unpack(job.arguments) if job.arguments else _NO_ARGUMENTS
             if function.key is not None:
                 args = [self.inside.committed.get(unpack_key(function.key)), *args]
-            result = self._in_time(function, args, kwargs, self._timeout(function))
-            if isinstance(result, Coroutine):
+            logger.debug("%s starts", function.name)
+            result = self._in_time(function, lambda: function.function(*args, **kwargs))
+            if isinstance(result, CoroutineType):
                 self._start_async(job, function, result)
                 return
+            logger.debug("%s ends", function.name)
             self._succeed(job, result)
         except BaseException as error:
             self._fail(job, error)
@@ -388,10 +388,15 @@ class SFLoop:
 
         async def within() -> Any:
             try:
-                return await asyncio.wait_for(coroutine, timeout)
+                kept, result = await within_time(coroutine, timeout)
             except (SystemExit, KeyboardInterrupt) as error:
                 # asyncio would let these out of the loop, and end the coordinator.
                 raise TaskFailed(f"{function.name}() raised {error!r}", flow=self.name) from error
+            if not kept:
+                assert timeout is not None
+                raise self._overrun(function.name, timeout)
+            logger.debug("%s ends", function.name)
+            return result
 
         def done(task: asyncio.Task[Any]) -> None:
             self.scheduler.async_ended()
@@ -400,16 +405,10 @@ class SFLoop:
                 self._fail(job, StrictFlowError(f"{function.name}() was cancelled", flow=self.name))
                 job.answer = wire.pack_frame(wire.CANCELLED, job.number)
             else:
-                error = task.exception()
-                if isinstance(error, asyncio.TimeoutError) and timeout is not None:
-                    error = self._overrun(function.name, timeout)
-                if error is not None:
+                try:
+                    self._succeed(job, task.result())
+                except Exception as error:
                     self._fail(job, error)
-                else:
-                    try:
-                        self._succeed(job, task.result())
-                    except StrictFlowError as unserialisable:
-                        self._fail(job, unserialisable)
             self._finish_read(job)
             if len(self.stepper) == 0:
                 self.stepper.stop_soon()

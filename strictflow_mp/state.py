@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any, Protocol
 
-from .errors import StrictFlowError
+from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
 from .segment import W_VERSION, Segment
 from .store import Cell, StoreReader, Version
@@ -336,19 +336,27 @@ class FlowState(MutableMapping[Any, Any]):
     def _all(self) -> dict[Any, Any]:
         return dict(self._snapshot())
 
+    def _write(self, changes: dict[bytes, bytes | None]) -> None:
+        if self._host.name in (scope.get() or ()):
+            raise ReadOnlyState(
+                "the state was changed inside a P2 task; change it in a task decorated with @write",
+                flow=self._host.name,
+            )
+        self._host.write(changes)
+
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._host.write(pack_changes({key: value}))
+        self._write(pack_changes({key: value}))
 
     def __delitem__(self, key: Any) -> None:
-        self._host.write({pack_key(key): None})
+        self._write({pack_key(key): None})
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Change several keys in one commit."""
-        self._host.write(pack_changes(dict(*args, **kwargs)))
+        self._write(pack_changes(dict(*args, **kwargs)))
 
     def clear(self) -> None:
         """Delete all keys that are there now, in one commit."""
-        self._host.write({pack_key(key): None for key in self})
+        self._write({pack_key(key): None for key in self})
 
     def __repr__(self) -> str:
         return f"<state of flow {self._host.name!r}>"

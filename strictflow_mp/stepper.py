@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-__all__ = ["Stepper", "run_alone"]
+__all__ = ["Stepper", "run_alone", "within_time"]
 
 
 class Stepper:
@@ -55,17 +55,35 @@ class Stepper:
         return f"<Stepper of {len(self._tasks)} tasks>"
 
 
-def run_alone(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> Any:
-    """Run a P1 coroutine to its end on a loop of its own, while the async P2 tasks stand still.
-
-    Raises:
-        asyncio.TimeoutError: it did not end within *timeout* seconds; it was cancelled.
-    """
+def run_alone(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """Run a P1 coroutine to its end on a loop of its own, while the async P2 tasks stand still."""
     loop = asyncio.new_event_loop()
     try:
-        return loop.run_until_complete(asyncio.wait_for(coroutine, timeout))
+        return loop.run_until_complete(coroutine)
     finally:
         _close(loop)
+
+
+async def within_time(coroutine: Coroutine[Any, Any, Any], timeout: float | None) -> tuple[bool, Any]:
+    """Await; return (whether it kept *timeout* seconds, what it returned).
+
+    `asyncio.wait_for` would leave open whose TimeoutError it was.
+    """
+    if timeout is None:
+        return True, await coroutine
+    began = asyncio.get_running_loop().time()
+    task = asyncio.ensure_future(coroutine)
+    try:
+        await asyncio.wait({task}, timeout=timeout)
+        # One that blocks the loop is done before its time is seen to be over.
+        late = asyncio.get_running_loop().time() - began > timeout
+        if late or not task.done():
+            return False, None
+        return True, task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _close(loop: asyncio.AbstractEventLoop) -> None:
