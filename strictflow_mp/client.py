@@ -79,6 +79,7 @@ class Client:
         self.name = name
         self.state = FlowState(self, cache_bytes)
         self._attachment: Attachment | None = None
+        self.is_stopped = False  # we know that it was: no use in waiting for it
         self._renew_locks()
 
     def _renew_locks(self) -> None:
@@ -101,7 +102,11 @@ class Client:
             attachment = self._attachment
             if attachment is not None and not attachment.is_lost:
                 return attachment
-            attachment = self._connect(timeout)
+            try:
+                attachment = self._connect(0.0 if self.is_stopped else timeout)
+            except StrictFlowError as error:
+                raise error.of(self.name) from error.__cause__
+            self.is_stopped = False
             self._attachment = attachment
             self.state.bind(attachment.segment, attachment.gate)
             return attachment
@@ -200,8 +205,9 @@ class Client:
 
     def _reattach(self, attachment: Attachment) -> Attachment:
         self._lose(attachment, self._stopped)
+        self.is_stopped = True
         try:
-            return self.attach(timeout=0)
+            return self.attach()
         except FlowNotRunning:
             raise FlowNotRunning("it has been stopped", flow=self.name) from None
 
@@ -295,12 +301,19 @@ class Client:
             return b""
         try:
             return pack((args, kwargs))
-        except SerializationError:
+        except SerializationError as error:
+            self._name_argument(name, args, kwargs)
+            raise error.of(self.name) from None
+
+    def _name_argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise for the argument that cannot travel, by its name."""
+        try:
             for index, value in enumerate(args):
                 pack(value, f"{name}() argument {index}")
             for key, value in kwargs.items():
                 pack(value, f"{name}() argument {key}")
-            raise
+        except SerializationError as error:
+            raise error.of(self.name) from None
 
     def _send(self, attachment: Attachment, data: bytes) -> None:
         stream = attachment.stream
@@ -502,6 +515,7 @@ def client_of(name: str, cache_bytes: int) -> Client:
         client = _clients.get(name)
         if client is None:
             client = _clients[name] = Client(name, cache_bytes)
+        client.is_stopped = False  # a new handle may mean a new start
         return client
 
 

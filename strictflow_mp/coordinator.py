@@ -20,7 +20,7 @@ from . import handshake, leftovers, place
 from .core import logger, setup_logging
 from .errors import StrictFlowError
 from .gate import GateKeeper
-from .processes import Identity
+from .processes import Identity, let_interrupts_in
 from .rendezvous import Lease, Resident
 from .segment import R_COUNT, RECORD, RING, W_RING, W_VERSION, Segment
 from .sessions import Sessions
@@ -43,6 +43,7 @@ def main(message: dict[str, Any]) -> None:
     """
     current_process().name = "SF-LOOP"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    let_interrupts_in()  # for the children of tasks; here they are ignored
     if message["log_level"] is not None:
         setup_logging(message["log_level"])
     ready = message["ready"]

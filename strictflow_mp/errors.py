@@ -43,6 +43,12 @@ class StrictFlowError(Exception):
             return f"flow {self.flow!r}: {message}"
         return message
 
+    def of(self, flow: str) -> StrictFlowError:
+        """This error, naming the flow if it does not name one yet."""
+        if self.flow is None:
+            self.flow = flow
+        return self
+
 
 # The flow is not there, or there already.
 

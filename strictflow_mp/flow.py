@@ -13,8 +13,7 @@ from .errors import StrictFlowError
 from .future import TaskFuture
 from .owner import Owner, ask_to_stop
 from .rendezvous import Place
-from .state import Snapshot, pack_changes
-from .values import pack_key
+from .state import Snapshot, pack_changes, pack_deletes
 from .wire import STATS
 
 if TYPE_CHECKING:
@@ -72,6 +71,8 @@ class StrictFlow:
         ):
             if number < least:
                 raise ValueError(f"{label} must be at least {least}, not {number}")
+        if task_timeout is not None and task_timeout <= 0:
+            raise ValueError(f"task_timeout must be more than 0 seconds, not {task_timeout}")
         self._is_named = name is not None
         self.name = name if name is not None else f"unnamed-{os.getpid()}-{os.urandom(4).hex()}"
         self._first_state = state
@@ -132,7 +133,8 @@ class StrictFlow:
         with self._starting:
             if self._owner is not None and self._owner.is_alive:
                 return
-            first = pack_changes(self._first_state or {})
+            self._client.is_stopped = False
+            first = pack_changes(self._first_state or {}, self.name)
             self._owner = Owner.start(self.name, {**self._options, "state": first})
 
     def stop_loop(self, drain: bool = True, timeout: float | None = None) -> None:
@@ -207,15 +209,15 @@ class StrictFlow:
 
     def put(self, key: Any, value: Any) -> TaskFuture[None]:
         """Submit a P1 that sets a key."""
-        return self._put(pack_changes({key: value}))
+        return self._put(pack_changes({key: value}, self.name))
 
     def update(self, mapping: Mapping[Any, Any]) -> TaskFuture[None]:
         """Submit a P1 that sets several keys."""
-        return self._put(pack_changes(mapping))
+        return self._put(pack_changes(mapping, self.name))
 
     def delete(self, key: Any) -> TaskFuture[None]:
         """Submit a P1 that deletes a key; its future raises KeyError when the key is absent."""
-        return self._put({pack_key(key): None})
+        return self._put(pack_deletes([key], self.name))
 
     def _put(self, changes: dict[bytes, bytes | None]) -> TaskFuture[None]:
         if self._inside is not None:

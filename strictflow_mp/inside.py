@@ -25,7 +25,8 @@ __all__ = ["Inside"]
 class _Committed(View):
     """The committed state. Nothing moves while a task runs, so no pin is needed."""
 
-    def __init__(self, writer: StoreWriter, reader: StoreReader) -> None:
+    def __init__(self, flow: str, writer: StoreWriter, reader: StoreReader) -> None:
+        self._flow = flow
         self._writer = writer
         self._reader = reader
         self._version = Version(-1, 0, 0)
@@ -92,7 +93,7 @@ class Inside:
         report: Callable[[], dict[str, Any]],
     ) -> None:
         self.name = name
-        self.committed = _Committed(writer, reader)
+        self.committed = _Committed(name, writer, reader)
         self.transaction: Transaction | None = None
         self.reader = reader
         self.state: MutableMapping[Any, Any] = _State(self)

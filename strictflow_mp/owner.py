@@ -11,7 +11,7 @@ from typing import Any
 from . import leftovers, wire
 from .client import Client
 from .core import configured_level
-from .errors import FlowExists, FlowNotRunning, StrictFlowError, TaskTimeout, TooManyWorkers
+from .errors import CoordinatorLost, FlowExists, FlowNotRunning, StrictFlowError, TaskTimeout
 from .processes import Child, Identity, launch
 from .rendezvous import Lease, Place
 
@@ -71,7 +71,7 @@ class Owner:
         error = pickle.loads(answer)
         if error is not None:
             child.wait(END)
-            raise error
+            raise error.of(name)
         return cls(name, child)
 
     @property
@@ -92,16 +92,17 @@ class Owner:
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
             ask_to_stop(client, drain=drain, timeout=timeout)
-        except TooManyWorkers:
-            self._child.terminate()
         except TimeoutError:
             pass
+        except StrictFlowError:
+            self._child.terminate()  # it does not take us; a signal says the same
         left = END if deadline is None else max(0.0, deadline - time.monotonic())
         killed = self._child.wait(left) is None
         if killed:
             self._child.kill()
             self._child.wait()
         client.close()
+        client.is_stopped = True
         self._clean()
         if killed:
             raise TaskTimeout(
@@ -135,9 +136,7 @@ def ask_to_stop(client: Client, *, drain: bool, timeout: float | None) -> None:
     """Ask a coordinator to stop, and wait until it says that it has."""
     try:
         client.ask(wire.STOP, drain, timeout=timeout, attach=0.0)
-    except TooManyWorkers:
-        raise
-    except StrictFlowError:
+    except (FlowNotRunning, CoordinatorLost):
         pass  # it has gone already
 
 

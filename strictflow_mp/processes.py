@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import subprocess
 
-__all__ = ["Child", "Identity", "launch", "open_pidfd"]
+__all__ = ["Child", "Identity", "launch", "let_interrupts_in", "open_pidfd"]
 
 
 def start_time(pid: int) -> int | None:
@@ -196,12 +196,17 @@ def launch(
     options = [f"-W{option}" for option in sys.warnoptions]
     options += [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
     blob = pickler({"path": sys.path, "argv": sys.argv, "message": pickler(message)})
-    popen = subprocess.Popen(
-        [os.fsdecode(spawn.get_executable()), *options, "-c", _BOOT.format(root=root, entry=entry)],
-        stdin=subprocess.PIPE,
-        pass_fds=pass_fds,
-        close_fds=True,
-    )
+    # The child starts with SIGINT blocked, and lets it in (`let_interrupts_in`) when it can deal with it.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        popen = subprocess.Popen(
+            [os.fsdecode(spawn.get_executable()), *options, "-c", _BOOT.format(root=root, entry=entry)],
+            stdin=subprocess.PIPE,
+            pass_fds=pass_fds,
+            close_fds=True,
+        )
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     child = Child(popen)
     assert popen.stdin is not None
     try:
@@ -210,6 +215,11 @@ def launch(
     except BrokenPipeError:
         pass  # it died at once; its exit code tells
     return child
+
+
+def let_interrupts_in() -> None:
+    """In a launched interpreter: from now on Ctrl-C reaches it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 
 def boot(entry: str) -> None:

@@ -226,9 +226,10 @@ class Sessions:
                 f"all {self._segment.slots - 1} places are taken by live processes; "
                 "start the flow with a larger max_workers=",
             )
-        for path in greeting.get("path", ()):
-            if path not in sys.path:
-                sys.path.append(path)
+        paths = greeting.get("path")
+        if type(paths) is not list or not all(type(path) is str for path in paths):
+            raise _Refused("ProtocolError", "its greeting is damaged")
+        sys.path += [path for path in paths if path not in sys.path]
         semaphore = self._gate.admit(slot, identity.pid, identity.start)
         self._by_slot[slot] = Session(None, slot, identity)  # type: ignore[arg-type]
         return {**self._welcome, "slot": slot, "semaphore": semaphore}

@@ -22,6 +22,7 @@ from .errors import (
     FlowNotRunning,
     IntegrityError,
     ProtocolError,
+    SerializationError,
     StateFull,
     StrictFlowError,
     TaskFailed,
@@ -38,13 +39,15 @@ from .stepper import Stepper, run_alone, within_time
 from .store import StoreReader, StoreWriter
 from .timelimit import TimeLimit
 from .transaction import Burst, Changes, Transaction
-from .values import pack, unpack, unpack_key
+from .values import pack, unpack, unpack_frozen, unpack_key
 from .wire import Frame
 
 __all__ = ["SFLoop"]
 
 HOUSEKEEPING = 0.25
 """Seconds between looks at what nobody tells us: owners and workers without a pidfd."""
+DOOR = 1.0
+"""Seconds that the frame of a flag that is up may take to arrive when the flow stops."""
 LOOKS = 1000
 """How often a P2 task looks for the frame of a flag that is up before it runs all the same."""
 
@@ -52,8 +55,17 @@ LOOKS = 1000
 _NO_ARGUMENTS: tuple[Sequence[Any], dict[str, Any]] = ((), {})
 
 
-def _is_change(pair: Any) -> bool:
-    return type(pair) is tuple and len(pair) == 2 and type(pair[0]) is bytes and type(pair[1]) in (bytes, type(None))
+def _check_changes(changes: tuple[Any, ...]) -> None:
+    """What a process packed itself goes into the state as it is: make sure that everybody can read it."""
+    try:
+        for key, payload in changes:
+            unpack_key(key)
+            if payload is not None:
+                unpack_frozen(payload)
+    except SerializationError:
+        pass  # sound, but of a type that is not known in this process
+    except (TypeError, ValueError, ProtocolError) as error:
+        raise ProtocolError(f"a put's changes are damaged ({error})") from error
 
 
 class SFLoop:
@@ -82,6 +94,7 @@ class SFLoop:
         self.inside = Inside(name, writer, reader, self.scheduler, self.stepper, report)
         self._time_limit = TimeLimit()
         self._stopping: bool | None = None  # None: no; else whether queued tasks are still run
+        self._is_refusing = False
         self._stop_asked: list[tuple[Session, int]] = []
         self._async_tasks: dict[tuple[int, int], asyncio.Task[Any]] = {}
 
@@ -92,9 +105,11 @@ class SFLoop:
         scheduler = self.scheduler
         while True:
             idle = scheduler.next_step() is Step.IDLE
-            if idle and self._stopping is not None:
+            if idle and self._is_refusing:
                 return
             self._drain(HOUSEKEEPING if idle else 0)
+            if self._stopping is not None and not self._is_refusing:
+                self._close_the_door(self._stopping)
             if idle and scheduler.is_idle and self.sessions.is_deserted:
                 logger.info("the owner is gone and nobody is attached: the flow ends")
                 return
@@ -111,6 +126,14 @@ class SFLoop:
     def stop(self, *, drain: bool = True) -> None:
         """Return from `run` soon: when all queued tasks have run (*drain*), or without running them."""
         self._stopping = drain
+
+    def _close_the_door(self, drain: bool) -> None:
+        """Take in what was submitted before the stop, then refuse what comes."""
+        self._drain(0)
+        deadline = time.monotonic() + DOOR
+        while self.gate.is_up() and not self.scheduler.writes and time.monotonic() < deadline:
+            self._drain(0.001)
+        self._is_refusing = True
         if not drain:
             self._drop_all()
 
@@ -152,8 +175,7 @@ class SFLoop:
             self._queue(session, Call(session.slot, number, function.priority, session, function, arguments, {}))
         elif kind == wire.PUT:
             wire.check_fields(frame, int, tuple)
-            if not all(map(_is_change, frame[2])):
-                raise ProtocolError("a put's changes are damaged")
+            _check_changes(frame[2])
             changes: Changes = dict(frame[2])
             self._queue(session, Call(session.slot, frame[1], 1, session, None, b"", changes))
         elif kind == wire.FUNCTION:
@@ -208,7 +230,7 @@ class SFLoop:
     def _queue(self, session: Session, call: Call) -> None:
         session.queued += 1
         self.scheduler.submit(call)
-        if self._stopping is not None:
+        if self._is_refusing:
             # A refused P1 keeps its place in the queue, to be counted in its turn.
             self.scheduler.cancel(call.owner, call.number)
             if call.priority == 2:

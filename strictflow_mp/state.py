@@ -7,7 +7,7 @@ compare when nothing has changed. Both hand out read-only values.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from .segment import W_VERSION, Segment
 from .store import Cell, StoreReader, Version
 from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
 
-__all__ = ["FlowState", "Snapshot", "View", "decode", "pack_changes", "scope"]
+__all__ = ["FlowState", "Snapshot", "View", "decode", "pack_changes", "pack_deletes", "scope"]
 
 _MISSING: Any = object()
 
@@ -41,13 +41,14 @@ def decode(reader: StoreReader, version: Version, cell: Cell) -> Any:
 class View(Mapping[Any, Any]):
     """A read-only mapping of one pinned version. Subclasses say how the version is had."""
 
+    _flow: str
     _reader: StoreReader
 
     def _at(self) -> Version:
         raise NotImplementedError
 
     def _find(self, key: Any) -> tuple[Version, Cell | None]:
-        packed = pack_key(key)
+        packed = _packed_key(key, self._flow)
         version = self._at()
         return version, self._reader.find(version, packed, self._reader.hash(packed))
 
@@ -253,7 +254,7 @@ class FlowState(MutableMapping[Any, Any]):
             birth, value, _, packed, digest = known
             found = reader.get(packed, digest, birth)
         else:
-            packed = pack_key(key)
+            packed = _packed_key(key, self._host.name)
             digest = reader.hash(packed)
             found = reader.get(packed, digest, -1)
         if found is None:
@@ -291,7 +292,7 @@ class FlowState(MutableMapping[Any, Any]):
     def peek(self, key: Any) -> Any:
         """The committed value without the gate; KeyError when absent."""
         reader = self._host.reader()
-        packed = pack_key(key)
+        packed = _packed_key(key, self._host.name)
         found = reader.get(packed, reader.hash(packed), -1)
         if found is None:
             raise KeyError(key)
@@ -345,29 +346,46 @@ class FlowState(MutableMapping[Any, Any]):
         self._host.write(changes)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._write(pack_changes({key: value}))
+        self._write(pack_changes({key: value}, self._host.name))
 
     def __delitem__(self, key: Any) -> None:
-        self._write({pack_key(key): None})
+        self._write(pack_deletes([key], self._host.name))
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Change several keys in one commit."""
-        self._write(pack_changes(dict(*args, **kwargs)))
+        self._write(pack_changes(dict(*args, **kwargs), self._host.name))
 
     def clear(self) -> None:
         """Delete all keys that are there now, in one commit."""
-        self._write({pack_key(key): None for key in self})
+        self._write(pack_deletes(self, self._host.name))
 
     def __repr__(self) -> str:
         return f"<state of flow {self._host.name!r}>"
 
 
-def pack_changes(changes: Mapping[Any, Any]) -> dict[bytes, bytes | None]:
+def _packed_key(key: Any, flow: str) -> bytes:
+    try:
+        return pack_key(key)
+    except StrictFlowError as error:
+        raise error.of(flow) from None
+
+
+def pack_deletes(keys: Iterable[Any], flow: str) -> dict[bytes, bytes | None]:
+    """Keys to delete, packed, as a ready-made P1 takes them."""
+    return {_packed_key(key, flow): None for key in keys}
+
+
+def pack_changes(changes: Mapping[Any, Any], flow: str) -> dict[bytes, bytes | None]:
     """Keys and values, packed, as a ready-made P1 takes them.
 
     Raises:
         SerializationError: one of them cannot be stored; says where.
     """
-    return {
-        pack_key(key): pack(value, key if isinstance(key, str) else f"state[{key!r}]") for key, value in changes.items()
-    }
+    packed: dict[bytes, bytes | None] = {}
+    for key, value in changes.items():
+        try:
+            packed[pack_key(key)] = pack(value, key if isinstance(key, str) else f"state[{key!r}]")
+        except StrictFlowError as error:
+            error.key = key
+            raise error.of(flow) from None
+    return packed

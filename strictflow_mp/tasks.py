@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar
 
 from . import place
 from .core import READ_PRIORITY, WRITE_PRIORITY, priority
+from .errors import StrictFlowError
 from .future import TaskFuture
 from .references import reference_to
 from .state import scope
@@ -39,13 +40,18 @@ class Task(Generic[P, R]):
         where: str = "loop",
         timeout: float | None = None,
     ) -> None:
+        if not callable(function):
+            raise TypeError(f"a task is made of a callable, not of {function!r}")
         functools.update_wrapper(self, function)
         self.__qualname__: str = getattr(function, "__qualname__", "<callable>")
         self.__strictflow_function__ = function
         self.flow = flow
         self.priority = level
         self.key = key
-        self.packed_key = None if key is NO_KEY else pack_key(key)
+        try:
+            self.packed_key = None if key is NO_KEY else pack_key(key)
+        except StrictFlowError as error:
+            raise error.of(flow.name) from None
         self.where = where
         self.timeout = timeout
         self.name: str = getattr(function, "__name__", repr(function))
@@ -157,6 +163,13 @@ class _Here:
         return False
 
 
+def _check(flow: Any, timeout: float | None) -> None:
+    if not hasattr(flow, "submit"):
+        raise TypeError(f"the decorator wants a StrictFlow, as in @write(flow), not {flow!r}")
+    if timeout is not None and timeout <= 0:
+        raise ValueError(f"timeout must be more than 0 seconds, not {timeout}")
+
+
 def write(
     flow: StrictFlow, *, key: Any = NO_KEY, timeout: float | None = None
 ) -> Callable[[Callable[..., R]], Task[..., R]]:
@@ -170,6 +183,8 @@ def write(
             return value the new value. Returning None aborts: `IntegrityError`.
         timeout: seconds after which it is stopped and rolled back: `TaskTimeout`.
     """
+
+    _check(flow, timeout)
 
     def decorate(function: Callable[..., R]) -> Task[..., R]:
         return Task(flow, function, WRITE_PRIORITY, key=key, timeout=timeout)
@@ -196,6 +211,8 @@ def read(
     """
     if where not in ("loop", "worker"):
         raise ValueError(f'where must be "loop" or "worker", not {where!r}')
+
+    _check(flow, timeout)
 
     def decorate(function: Callable[..., R]) -> Task[..., R]:
         return Task(flow, function, READ_PRIORITY, key=key, where=where, timeout=timeout)

@@ -12,6 +12,9 @@ from typing import Any
 
 __all__ = ["TimeLimit"]
 
+AGAIN = 0.05
+"""Seconds after which a task that swallowed the stop is stopped again."""
+
 
 class _Overrun(BaseException):
     """Raised inside the task; no Exception, so that an ordinary handler in the task does not catch it."""
@@ -32,22 +35,24 @@ class TimeLimit:
         try:
             try:
                 self._is_armed = True
-                signal.setitimer(signal.ITIMER_REAL, seconds)
+                signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
                 result = function()
             finally:
-                # Disarmed first: a signal that is on its way then strikes nobody.
-                self._is_armed = False
-                signal.setitimer(signal.ITIMER_REAL, 0)
+                self._disarm()
         except _Overrun:
-            pass
+            self._disarm()  # it may have struck before the first one was through
         except Exception:
             if not self._has_struck:
                 raise
         return not self._has_struck, result
 
+    def _disarm(self) -> None:
+        # This first: a signal that is on its way then strikes nobody.
+        self._is_armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
+
     def _strike(self, number: int, frame: Any) -> None:
         if self._is_armed:
-            self._is_armed = False
             self._has_struck = True
             raise _Overrun
 

@@ -151,10 +151,14 @@ class Stream:
 
 
 def check_fields(frame: Sequence[Any], *kinds: type | tuple[type, ...]) -> None:
-    """Check a frame's fields behind the first.
+    """Check a frame's fields behind the first; a bool is no int here.
 
     Raises:
         ProtocolError: wrong number, or wrong type.
     """
-    if len(frame) != len(kinds) + 1 or not all(map(isinstance, frame[1:], kinds)):
+    if len(frame) != len(kinds) + 1 or not all(map(_is_of, frame[1:], kinds)):
         raise ProtocolError(f"frame {frame[0]!r} has the wrong fields")
+
+
+def _is_of(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return type(value) in kind if type(kind) is tuple else type(value) is kind

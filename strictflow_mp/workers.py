@@ -21,7 +21,7 @@ import cloudpickle
 from . import functions
 from .byvalue import dumps
 from .core import configured_level, logger, setup_logging
-from .processes import Child, launch
+from .processes import Child, launch, let_interrupts_in
 
 __all__ = ["Restart", "Worker", "WorkerGroup", "main"]
 
@@ -119,7 +119,7 @@ class WorkerGroup:
                 code = worker.exitcode
                 if code is None:
                     continue
-                if code == 0 and self._restart == "on-failure":
+                if code == -signal.SIGINT or (code == 0 and self._restart == "on-failure"):
                     watched.discard(worker)
                     continue
                 if time.monotonic() - began[worker] > LONGEST:
@@ -209,6 +209,7 @@ def main(message: dict[str, Any]) -> None:
     if message["log_level"] is not None:
         setup_logging(message["log_level"])
     try:
+        let_interrupts_in()
         _, target = functions.decode(message["by_value"], message["code"])
         args = cloudpickle.loads(message["args"])
         target(*args)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 import threading
 from bisect import bisect_left
+from collections import deque
 
 from ..segment import PINS, W_HORIZON, Segment
 from ..words import fence
@@ -29,23 +30,35 @@ FLOOR = PINS - 1
 
 
 class Pins:
-    """The pins of this process. Thread-safe."""
+    """The pins of this process. Thread-safe, and safe against finalizers that release in the middle of anything."""
 
     def __init__(self, segment: Segment, slot: int) -> None:
         self._words = segment.words
         self._base = segment.pins + slot * PINS
-        self._lock = threading.RLock()  # reentrant: a finalizer may release a pin at any bytecode
+        self._lock = threading.Lock()
         self.pid = os.getpid()
         self._holders: dict[int, list[int]] = {}  # version -> [index of its word, how many hold it]
+        self._released: deque[int] = deque()  # a finalizer runs at any bytecode: it only appends here
 
     def acquire(self, version: int) -> bool:
         """Pin *version*; False when it may be gone already (take a newer one)."""
+        return self._acquire(version, exact=False)
+
+    def acquire_exact(self, version: int) -> bool:
+        """As `acquire`, but False also when only the floor is left."""
+        return self._acquire(version, exact=True)
+
+    def _acquire(self, version: int, *, exact: bool) -> bool:
         with self._lock:
             held = self._holders.get(version)
             if held is not None:
+                if exact and held[0] == FLOOR:
+                    return False
                 held[1] += 1
                 return True
             index = self._place()
+            if exact and index == FLOOR:
+                return False
             word = self._base + index
             before = self._words[word]
             if index != FLOOR or not before or before > version + 1:
@@ -58,36 +71,37 @@ class Pins:
             self._holders[version] = [index, 1]
             return True
 
-    def acquire_exact(self, version: int) -> bool:
-        """As `acquire`, but False also when only the floor is left."""
-        with self._lock:
-            if version not in self._holders and self._place() == FLOOR:
-                return False
-            return self.acquire(version)
-
     def release(self, version: int) -> None:
         """Let go of *version* once."""
-        if self.pid != os.getpid():
-            return  # a forked copy: the pins are the parent's
-        with self._lock:
+        self._released.append(version)
+        # The lock is taken when a finalizer interrupts one of us: then the next of us does it.
+        while self._released and self.pid == os.getpid() and self._lock.acquire(blocking=False):
+            try:
+                self._let_go()
+            finally:
+                self._lock.release()
+
+    def _let_go(self) -> None:
+        while self._released:
+            version = self._released.popleft()
             held = self._holders.get(version)
             if held is None:
-                return
+                continue
             held[1] -= 1
             if held[1]:
-                return
+                continue
             del self._holders[version]
             word = self._base + held[0]
             if held[0] != FLOOR:
                 self._words[word] = 0
-                return
-            floor = min((v for v, (i, _) in self._holders.items() if i == FLOOR), default=None)
-            self._words[word] = 0 if floor is None else floor + 1
+            else:
+                floor = min((v for v, (index, _) in self._holders.items() if index == FLOOR), default=None)
+                self._words[word] = 0 if floor is None else floor + 1
 
     @property
     def are_held(self) -> bool:
         """Whether a snapshot, or an array that somebody holds, still needs a version."""
-        return bool(self._holders)
+        return len(self._holders) > 0
 
     def is_exact(self, version: int) -> bool:
         """Whether a version that is pinned has a word of its own."""
