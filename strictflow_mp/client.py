@@ -41,6 +41,8 @@ __all__ = ["Client", "client_of"]
 
 ATTACH = 5.0
 """Seconds that a first use waits for a coordinator to appear."""
+BUSY = 60.0
+"""Seconds that the handshake may take: SF-LOOP has no time for it while a P1 runs."""
 RETRY = 0.01
 SLICE = 0.05
 """Seconds after which a thread that waits for another thread's reading looks for itself."""
@@ -49,8 +51,9 @@ SLICE = 0.05
 class Attachment:
     """One connection: stream, slot, mapped segment, and the answers that are due."""
 
-    def __init__(self, flow: str, stream: Stream, welcome: dict[str, Any]) -> None:
-        self.flow = flow
+    def __init__(self, client: Client, stream: Stream, welcome: dict[str, Any]) -> None:
+        self.flow = client.name
+        self.port = _Port(client, self)
         self.stream = stream
         self.slot: int = welcome["slot"]
         self.coordinator: int = welcome["pid"]
@@ -118,7 +121,8 @@ class Client:
         deadline = time.monotonic() + timeout
         while True:
             try:
-                sock = handshake.connect(place.socket, place.authkey(), max(timeout, 1.0))
+                place.check()
+                sock = handshake.connect(place.socket, place.authkey(), BUSY)
                 break
             except (FileNotFoundError, ConnectionError, BlockingIOError, TimeoutError):
                 if time.monotonic() >= deadline:
@@ -139,7 +143,7 @@ class Client:
             if "refused" in welcome:
                 kind = getattr(errors, str(welcome["refused"]), ProtocolError)
                 raise kind(str(welcome.get("text")), flow=self.name)
-            return Attachment(self.name, Stream(sock), welcome)
+            return Attachment(self, Stream(sock), welcome)
         except (OSError, EOFError, KeyError) as error:
             sock.close()
             raise FlowNotRunning(f"the coordinator hung up during the handshake ({error!r})", flow=self.name) from error
@@ -213,7 +217,8 @@ class Client:
 
     def _check(self, attachment: Attachment) -> None:
         """Is there still somebody to wait for?"""
-        if attachment.gate.is_stopped() or Place.of(self.name).is_inhabited():
+        # In this order: a coordinator that stops says so before it leaves.
+        if Place.of(self.name).is_inhabited() or attachment.gate.is_stopped():
             return
         self._lose(attachment, self._lost)
         raise CoordinatorLost(
@@ -245,9 +250,7 @@ class Client:
                     future = self._new_future(attachment, task.name)
                     futures.append(future)
                     frames.append(wire.pack_frame(wire.CALL, future.number, function, arguments))
-                self._send(attachment, b"".join(frames) if len(frames) > 1 else frames[0])
-                if task.priority == 1:
-                    attachment.gate.raise_flag(len(batch))
+                self._submit(attachment, b"".join(frames), len(batch) if task.priority == 1 else 0)
             position += len(batch)
         return futures
 
@@ -260,8 +263,7 @@ class Client:
                 if attachment.is_lost:
                     continue
                 future = self._new_future(attachment, "put")
-                self._send(attachment, wire.pack_frame(wire.PUT, future.number, list(changes.items())))
-                attachment.gate.raise_flag(1)
+                self._submit(attachment, wire.pack_frame(wire.PUT, future.number, list(changes.items())), 1)
                 return future
 
     def write(self, changes: dict[bytes, bytes | None]) -> None:
@@ -278,7 +280,7 @@ class Client:
 
     def _new_future(self, attachment: Attachment, label: str) -> TaskFuture[Any]:
         attachment.last = number = attachment.last + 1
-        future: TaskFuture[Any] = TaskFuture(_Port(self, attachment), number, label)
+        future: TaskFuture[Any] = TaskFuture(attachment.port, number, label)
         attachment.pending[number] = future
         return future
 
@@ -300,7 +302,7 @@ class Client:
         if not args and not kwargs:
             return b""
         try:
-            return pack((args, kwargs))
+            return pack([list(args), kwargs])
         except SerializationError as error:
             self._name_argument(name, args, kwargs)
             raise error.of(self.name) from None
@@ -314,6 +316,18 @@ class Client:
                 pack(value, f"{name}() argument {key}")
         except SerializationError as error:
             raise error.of(self.name) from None
+
+    def _submit(self, attachment: Attachment, data: bytes, writes: int) -> None:
+        """Send frames, and raise the flag for the P1 tasks in them. The caller holds `_submitting`."""
+        try:
+            self._send(attachment, data)
+        except BaseException:
+            # A signal handler has raised. Frames that are half sent would leave the flag up: finish first.
+            self._send(attachment, b"")
+            raise
+        finally:
+            if writes and not attachment.stream.has_ended:
+                attachment.gate.raise_flag(writes)
 
     def _send(self, attachment: Attachment, data: bytes) -> None:
         stream = attachment.stream
@@ -381,8 +395,10 @@ class Client:
                     self._lose(attachment, self._lost)
                 return
             frames = stream.receive()
-        except ValueError:  # closed by another thread
-            return
+        except (ValueError, OSError):
+            if attachment.is_lost:
+                return  # closed by another thread
+            raise
         if frames is None:
             stopped = attachment.gate.is_stopped()
             self._lose(attachment, self._stopped if stopped else self._lost)

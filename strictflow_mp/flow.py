@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from . import place
@@ -193,6 +194,10 @@ class StrictFlow:
             inside: Snapshot = self._inside.snapshot()
             return inside
         return self._client.state.snapshot(gated=gated)
+
+    def reading(self, snapshot: Snapshot) -> AbstractContextManager[None]:
+        """A context in which `flow.state` is the snapshot (a worker-side P2 runs in it)."""
+        return nullcontext() if self._inside is not None else self._client.state.within(snapshot)
 
     def peek(self, key: Any, default: Any = _MISSING) -> Any:
         """The last committed value of a key; never waits for a P1.

@@ -22,6 +22,8 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from _signal import pthread_sigmask  # signal's own wrapper makes enums of 64 signals, which takes 25 µs
+from collections import deque
 from collections.abc import Callable
 
 import posix_ipc
@@ -58,20 +60,33 @@ def _sleep(semaphore: posix_ipc.Semaphore, seconds: float) -> None:
     posix_ipc drops the exception of a signal handler that runs during acquire, so signals wait until the
     slice is over. A handler's delay is therefore at most one slice.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTING) if in_main else set()
+    if threading.current_thread() is not threading.main_thread():
+        _acquire(semaphore, seconds)
+        return
+    # First the mask alone: a handler may raise out of the call that blocks, when it has blocked already.
+    before = pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTING)
+        _acquire(semaphore, seconds)
+    finally:
+        pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _acquire(semaphore: posix_ipc.Semaphore, seconds: float) -> None:
     try:
         semaphore.acquire(seconds)
     except posix_ipc.BusyError:
         pass
     except posix_ipc.SignalError:
-        pass  # a signal that cannot be blocked, or arrived in another thread
-    finally:
-        if in_main:
-            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        pass  # a signal that cannot be blocked
 
 
-_INTERRUPTING = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGSEGV, signal.SIGBUS}
+_INTERRUPTING = frozenset(map(int, signal.valid_signals())) - {
+    signal.SIGKILL,
+    signal.SIGSTOP,
+    signal.SIGSEGV,
+    signal.SIGBUS,
+}
 
 
 class Gate:
@@ -91,7 +106,7 @@ class Gate:
         # One thread of a process sleeps on its semaphore and wakes the others, so that no thread takes
         # the post that another needs.
         self._leader = threading.Lock()
-        self._moved = threading.Condition(threading.Lock())
+        self._followers: deque[threading.Lock] = deque()
 
     def raise_flag(self, tasks: int) -> None:
         """Count P1 tasks whose frames are wholly in the pipe. The caller holds the process's submit lock."""
@@ -114,7 +129,7 @@ class Gate:
             check: called once a slice; raises when there is nobody left to wait for.
 
         Returns:
-            False when the deadline has passed.
+            False when the deadline has passed. True too when the flow was stopped: look at `is_stopped`.
         """
         finished = self.finished
         behind = [
@@ -141,15 +156,11 @@ class Gate:
                 try:
                     self._lead(behind, deadline, check)
                 finally:
-                    with self._moved:
-                        self._leader.release()
-                        self._moved.notify_all()
+                    self._leader.release()
+                    self._wake_followers()
             else:
-                with self._moved:
-                    # The leader leaves under this lock, so it cannot go between the look and the sleep.
-                    if self._leader.locked() and not _reached(self.finished, behind):
-                        self._moved.wait(SLICE)
-            if _reached(self.finished, behind):
+                self._follow(behind, deadline)
+            if _reached(self.finished, behind) or self.is_stopped():
                 return True
             if deadline is not None and time.monotonic() >= deadline:
                 return False
@@ -166,13 +177,36 @@ class Gate:
                 if left <= 0:
                     return
                 _sleep(self._semaphore, left)
-                with self._moved:
-                    self._moved.notify_all()
-                if self.is_stopped():
+                self._wake_followers()
+                if _reached(self.finished, behind) or self.is_stopped():
                     return
                 check()
         finally:
             words[waiting] = 0
+
+    def _follow(self, behind: list[tuple[int, int]], deadline: float | None) -> None:
+        # A lock that is taken already, for the leader to give back: unlike a condition, it can be left by the
+        # exception of a signal handler at any instant.
+        bed = threading.Lock()
+        bed.acquire()
+        self._followers.append(bed)
+        try:
+            # The leader first goes, then wakes: it cannot miss a bed that stands here while it still leads.
+            if self._leader.locked() and not _reached(self.finished, behind):
+                left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
+                bed.acquire(timeout=max(0.0, left))
+        finally:
+            try:
+                self._followers.remove(bed)
+            except ValueError:
+                pass  # woken
+
+    def _wake_followers(self) -> None:
+        while self._followers:
+            try:
+                self._followers.popleft().release()
+            except IndexError:
+                return
 
     def release(self) -> None:
         """Close the semaphore, unless a thread sleeps on it."""
@@ -206,7 +240,8 @@ class GateKeeper:
         self._waiting = words[segment.waiting : segment.waiting + slots]
         self._nobody = memoryview(bytes(8 * slots)).cast("Q")
         self._semaphores: dict[int, posix_ipc.Semaphore] = {}
-        self._bursts = 0
+        self._raised = 0  # how often slot 0 was
+        self._due: deque[int] = deque()  # for which of these a task of SF-LOOP's own is still queued
 
     # Slots
 
@@ -220,6 +255,14 @@ class GateKeeper:
             words[array + slot] = 0
         words[segment.pids + slot], words[segment.starts + slot] = pid, start
         return name
+
+    def lift(self, slot: int) -> None:
+        """Lower the flag of a slot whose connection is closed: nothing more of it will come, so nobody may wait."""
+        segment, words = self._segment, self._words
+        submitted = words[segment.submitted + slot]
+        if submitted > words[segment.finished + slot]:
+            words[segment.finished + slot] = submitted
+            self.wake()
 
     def dismiss(self, slot: int) -> None:
         """Take a slot back from a process that is dead, or has said goodbye."""
@@ -245,19 +288,26 @@ class GateKeeper:
         """Whether some process has counted a P1 task that is not finished."""
         return any(map(int.__gt__, self._submitted.tolist(), self._finished.tolist()))
 
-    def raise_own(self) -> None:
-        """Raise slot 0: from now on, a read waits for the burst that begins."""
-        self._bursts += 1
-        self._submitted[0] = self._bursts
+    def raise_own(self, *, for_task: bool = False) -> None:
+        """Raise slot 0: from now on, a read waits for the burst that begins, or for a P1 that a task submitted."""
+        self._raised += 1
+        if for_task:
+            self._due.append(self._raised)
+        self._submitted[0] = self._raised
 
     def finish(self, counts: dict[int, int]) -> None:
-        """Count finished tasks by slot, lower slot 0, wake the readers that wait."""
+        """Count finished tasks by slot, lower slot 0 as far as it goes, wake the readers that wait.
+
+        The tasks of slot 0 end in the order in which they were submitted, like those of any other.
+        """
         finished = self._finished
+        for _ in range(counts.pop(0, 0)):
+            self._due.popleft()
         # The commit before the counts that speak of it (store-store).
         publish_fence()
         for slot, count in counts.items():
             finished[slot] += count
-        finished[0] = self._bursts
+        finished[0] = self._due[0] - 1 if self._due else self._raised
         self.wake()
 
     def wake(self) -> None:

@@ -57,6 +57,8 @@ def connect(path: Path, authkey: bytes, timeout: float) -> socket.socket:
     try:
         sock.settimeout(timeout)
         sock.connect(str(path))
+        if peer(sock)[1] not in (os.getuid(), -1):
+            raise ProtocolError(f"another user listens at {path}; remove it, or set STRICTFLOW_MP_DIR")
         sock.setblocking(True)
         _limit_waits(sock, timeout)
         with Connection(os.dup(sock.fileno())) as connection:

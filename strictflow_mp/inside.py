@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import ReadOnlyState, StrictFlowError
 from .future import TaskFuture
+from .gate import GateKeeper
 from .jobs import Call, Function
 from .scheduler import Scheduler
 from .state import Snapshot, View
@@ -88,6 +89,7 @@ class Inside:
         name: str,
         writer: StoreWriter,
         reader: StoreReader,
+        gate: GateKeeper,
         scheduler: Scheduler,
         stepper: Stepper,
         report: Callable[[], dict[str, Any]],
@@ -98,6 +100,7 @@ class Inside:
         self.reader = reader
         self.state: MutableMapping[Any, Any] = _State(self)
         self.stats = report
+        self._gate = gate
         self._scheduler = scheduler
         self._stepper = stepper
         self._last = 0
@@ -109,7 +112,7 @@ class Inside:
     def call(self, task: Any, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[TaskFuture[Any]]:
         """Queue calls of a task."""
         function = Function(task, task.name, task.priority, task.packed_key, task.timeout)
-        packed = [pack((args, kwargs), f"arguments of {task.name}()") for args, kwargs in calls]
+        packed = [pack([list(args), kwargs], f"arguments of {task.name}()") for args, kwargs in calls]
         return [self._queue(task.priority, task.name, function, arguments, {}) for arguments in packed]
 
     def put(self, changes: Changes) -> TaskFuture[Any]:
@@ -120,6 +123,8 @@ class Inside:
         self, priority: int, name: str, function: Function | None, arguments: bytes, changes: Changes
     ) -> TaskFuture[Any]:
         self._last += 1
+        if priority == 1:
+            self._gate.raise_own(for_task=True)
         future: TaskFuture[Any] = _LocalFuture(self, self._last, name)
         self._scheduler.submit(Call(0, self._last, priority, None, function, arguments, changes, future))
         self._stepper.stop_soon()

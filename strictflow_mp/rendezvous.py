@@ -47,6 +47,10 @@ def _private_directory(path: Path) -> None:
         path.mkdir(mode=0o700, parents=True)
     except FileExistsError:
         pass
+    _check_directory(path)
+
+
+def _check_directory(path: Path) -> None:
     status = path.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise ProtocolError(
@@ -117,6 +121,16 @@ class Place:
         finally:
             os.close(descriptor)
         return False
+
+    def check(self) -> None:
+        """See to it that the place is ours: whoever owns it may make us run code.
+
+        Raises:
+            ProtocolError: it is not.
+            FileNotFoundError: it does not exist.
+        """
+        _check_directory(self.directory.parent)
+        _check_directory(self.directory)
 
     def authkey(self) -> bytes:
         """The key that both ends of a connection must know."""

@@ -1,6 +1,7 @@
 """The scheduler: which task SF-LOOP runs next. Decisions only: no clock, no I/O, no functions called.
 
-Events in: `submit`, `cancel`, `async_started`, `async_ended`. Next step out: `next_step`. The loop performs it.
+Events in: `submit`, `cancel`, `async_started`, `async_ran`,
+`async_ended`. Next step out: `next_step`. The loop performs it.
 
 The rules:
 
@@ -91,6 +92,10 @@ class Scheduler:
         """One of these has ended."""
         self._async -= 1
 
+    def async_ran(self) -> None:
+        """The async P2 tasks have had their turn."""
+        self._async_turn = False
+
     # Next step out
 
     def next_step(self) -> Step:
@@ -98,9 +103,7 @@ class Scheduler:
         if self._writes:
             return Step.BURST
         if self._async and (self._async_turn or not self._reads):
-            self._async_turn = False
             return Step.ASYNC
-        self._async_turn = True
         return Step.READ if self._reads else Step.IDLE
 
     def next_write(self, done: int, elapsed: float) -> Job | None:
@@ -118,6 +121,7 @@ class Scheduler:
 
     def next_read(self) -> Job:
         """The P2 task to run."""
+        self._async_turn = True
         job = self._reads.popleft()
         self._queued.pop((job.owner, job.number), None)
         job.state = State.RUNNING

@@ -87,7 +87,13 @@ class _Mapping(shared_memory.SharedMemory):
         try:
             super().close()
         except BufferError:
-            pass
+            descriptor: int = getattr(self, "_fd", -1)
+            if descriptor >= 0:  # the mapping has one of its own, for as long as it lives
+                os.close(descriptor)
+                self._fd = -1
+
+    def unlink(self) -> None:
+        """Nothing: the base class unlinks when it cannot map, even what it has only opened."""
 
 
 _tracker_lock = threading.Lock()
@@ -171,7 +177,16 @@ class Segment:
         """
         name = PREFIX + token
         size = _round_up(cls.control_bytes(slots) + max(capacity, STEP), PAGE)
-        mapping = _map(name, size)
+        try:
+            mapping = _map(name, size)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            unlink(name)
+            raise StateFull(
+                f"a segment of {size:,} bytes cannot be mapped ({error}); start the flow with a smaller capacity=",
+                flow=flow,
+            ) from error
         segment = cls(name, mapping, slots, size)
         try:
             words = segment.words
@@ -199,17 +214,17 @@ class Segment:
             FileNotFoundError: there is none of that name.
             ProtocolError: it is not a segment of this library, or of another layout.
         """
-        mapping = _map(name, 0)
+        try:
+            mapping = _map(name, 0)
+        except ValueError as error:  # it is empty
+            raise _foreign(name) from error
         try:
             assert mapping.buf is not None
             fields = struct.unpack_from("4Q", mapping.buf) if mapping.size >= PAGE else (0, 0, 0, 0)
             magic, layout, size, slots = fields
-            sound = magic == MAGIC and size <= mapping.size and slots < 1 << 16
+            sound = magic == MAGIC and size <= mapping.size and size % PAGE == 0 and 0 < slots < 1 << 16
             if not sound or cls.control_bytes(slots) > size:
-                raise ProtocolError(
-                    f"shared memory {name!r} is not a StrictFlow segment, or is damaged; "
-                    "if no flow uses it, run `strictflow-mp clean`"
-                )
+                raise _foreign(name)
             if layout != LAYOUT:
                 raise ProtocolError(
                     f"shared memory {name!r} has layout {layout}, this version reads {LAYOUT}; "
@@ -305,6 +320,13 @@ class Segment:
 
     def __repr__(self) -> str:
         return f"<Segment {self.name} of {self.size:,} bytes, {self.slots} slots>"
+
+
+def _foreign(name: str) -> ProtocolError:
+    return ProtocolError(
+        f"shared memory {name!r} is not a StrictFlow segment, or is damaged; "
+        "if no flow uses it, run `strictflow-mp clean`"
+    )
 
 
 def unlink(name: str) -> None:

@@ -293,10 +293,15 @@ class Sessions:
         for session in self:
             if session.is_open:
                 continue
+            if not session.queued:
+                self._gate.lift(session.slot)
             if session.queued:
                 self.has_leavers = True
             elif session.said_goodbye or session.is_dead or (session.pidfd < 0 and session.identity.is_dead()):
                 self._release(session)
+            else:
+                # It lives, and may still raise its flag: look again and again.
+                self.has_leavers = True
 
     def _release(self, session: Session) -> None:
         self._unwatch_pid(session)

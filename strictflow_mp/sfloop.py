@@ -91,7 +91,7 @@ class SFLoop:
         self.scheduler = Scheduler()
         self.stepper = Stepper(sessions.epoll.fileno())
         self.counters = {1: Counters(), 2: Counters()}
-        self.inside = Inside(name, writer, reader, self.scheduler, self.stepper, report)
+        self.inside = Inside(name, writer, reader, gate, self.scheduler, self.stepper, report)
         self._time_limit = TimeLimit()
         self._stopping: bool | None = None  # None: no; else whether queued tasks are still run
         self._is_refusing = False
@@ -120,6 +120,7 @@ class SFLoop:
                 if step is Step.READ:
                     self._run_read()
                 else:
+                    scheduler.async_ran()
                     # Alone, async tasks may have the thread until a pipe is readable.
                     self.stepper.run(0 if scheduler.reads > len(self.stepper) else HOUSEKEEPING)
 
@@ -269,22 +270,25 @@ class SFLoop:
         jobs: list[Call] = []
         counts: dict[int, int] = {}
         tight = not self.writer.is_roomy()
+        committed = 0  # jobs ahead of this one are in a commit already
         began = time.perf_counter()
         while job := scheduler.next_write(len(jobs), time.perf_counter() - began):
             assert isinstance(job, Call)
             jobs.append(job)
             counts[job.owner] = counts.get(job.owner, 0) + 1
             if job.state is not State.CANCELLED:
+                commits = burst.commits
                 self._run_write(job, burst)
+                if burst.commits != commits:
+                    committed = len(jobs)
             if tight:
                 break  # alone, so that it can only be itself that finds no room
         try:
             burst.publish()
         except StateFull as full:
-            for job in jobs:
+            for job in jobs[committed:]:
                 if not job.has_failed and job.state is not State.CANCELLED:
                     self._fail(job, full)
-        counts.pop(0, None)  # tasks that tasks submitted: slot 0 counts bursts
         gate.finish(counts)
         self._answer_writes(jobs)
 
@@ -429,7 +433,7 @@ class SFLoop:
             else:
                 try:
                     self._succeed(job, task.result())
-                except Exception as error:
+                except BaseException as error:
                     self._fail(job, error)
             self._finish_read(job)
             if len(self.stepper) == 0:

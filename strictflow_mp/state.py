@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -180,14 +181,16 @@ class _Cache:
         self._size = 0
         self.entries: dict[Any, tuple[int, Any, int, bytes, int]] = {}
 
-    def put(self, key: Any, birth: int, value: Any, size: int, packed: bytes, digest: int) -> None:
+    def put(self, key: Any, birth: int, value: Any, size: int, packed: bytes, digest: int) -> bool:
+        """Keep a value, at the cost of the oldest; False when that, or itself, did not fit."""
         former = self.entries.pop(key, None)
         if former is not None:
             self._size -= former[2]
         if size > self._limit:
-            return
+            return False
         self.entries[key] = (birth, value, size, packed, digest)
         self._size += size
+        fits = self._size <= self._limit
         while self._size > self._limit:
             try:
                 oldest = next(iter(self.entries))
@@ -196,6 +199,7 @@ class _Cache:
             dropped = self.entries.pop(oldest, None)
             if dropped is not None:
                 self._size -= dropped[2]
+        return fits
 
 
 OVERHEAD = 256
@@ -232,7 +236,8 @@ class FlowState(MutableMapping[Any, Any]):
     def __getitem__(self, key: Any) -> Any:
         # The gate is open, and the version is the one that the fresh values were checked at. The flag is
         # looked at first: what was submitted before is finished, so its commit is in the version seen.
-        if self._submitted == self._finished:
+        # Within a worker-side P2, `scope` holds what to read.
+        if self._submitted == self._finished and scope.get() is None:
             version, values = self._fresh
             if self._words[W_VERSION] == version:
                 try:
@@ -262,11 +267,12 @@ class FlowState(MutableMapping[Any, Any]):
         version, now, payload = found
         if payload is not None:
             value = unpack_frozen(payload)
-            self._cache.put(key, now, value, len(payload) + OVERHEAD, packed, digest)
+            if not self._cache.put(key, now, value, len(payload) + OVERHEAD, packed, digest):
+                self._fresh = (-1, {})  # it may hold what was dropped
+                return value
         elif known is None or now != birth:
             return self._read_arrays(reader, key)
-        if scoped is None:
-            self._remember(version, key, value)
+        self._remember(version, key, value)
         return value
 
     def _read_arrays(self, reader: StoreReader, key: Any) -> Any:
@@ -288,6 +294,15 @@ class FlowState(MutableMapping[Any, Any]):
         elif version > fresh[0]:
             # A new dict for each version: a slower thread puts its older value where nobody looks any more.
             self._fresh = (version, {key: value})
+
+    @contextmanager
+    def within(self, snapshot: Snapshot) -> Iterator[None]:
+        """In this context, `flow.state` is the snapshot."""
+        token = scope.set({**(scope.get() or {}), self._host.name: snapshot})
+        try:
+            yield
+        finally:
+            scope.reset(token)
 
     def peek(self, key: Any) -> Any:
         """The committed value without the gate; KeyError when absent."""

@@ -12,7 +12,6 @@ from .core import READ_PRIORITY, WRITE_PRIORITY, priority
 from .errors import StrictFlowError
 from .future import TaskFuture
 from .references import reference_to
-from .state import scope
 from .values import pack_key
 
 if TYPE_CHECKING:
@@ -74,12 +73,8 @@ class Task(Generic[P, R]):
             return self._run_here_async(args, kwargs)
         token = priority.set(READ_PRIORITY)
         try:
-            with self.flow.snapshot() as snapshot:
-                scoped = scope.set({**(scope.get() or {}), self.flow.name: snapshot})
-                try:
-                    future.settle(self._body(snapshot, args, kwargs))
-                finally:
-                    scope.reset(scoped)
+            with self.flow.snapshot() as snapshot, self.flow.reading(snapshot):
+                future.settle(self._body(snapshot, args, kwargs))
         except Exception as error:
             future.settle(error=error)
         finally:
@@ -101,8 +96,8 @@ class Task(Generic[P, R]):
             priority.set(READ_PRIORITY)
             try:
                 async with self.flow.snapshot() as snapshot:
-                    scope.set({**(scope.get() or {}), self.flow.name: snapshot})
-                    future.settle(await self._body(snapshot, args, kwargs))
+                    with self.flow.reading(snapshot):
+                        future.settle(await self._body(snapshot, args, kwargs))
             except asyncio.CancelledError:
                 future.settle_cancelled()
                 raise

@@ -31,6 +31,7 @@ class Burst:
     def __init__(self, writer: StoreWriter, reader: StoreReader) -> None:
         self._writer = writer
         self._reader = reader
+        self.commits = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -93,6 +94,7 @@ class Burst:
             }
         if changes:
             self._writer.publish(changes)
+            self.commits += 1
             self._begin()
 
     def __repr__(self) -> str:

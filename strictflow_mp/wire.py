@@ -108,7 +108,10 @@ class Stream:
                 return frames
 
     def send(self, data: bytes) -> bool:
-        """Send, or keep for `flush` what the other end has no room for; False when some was kept."""
+        """Send, or keep for `flush` what the other end has no room for; False when some was kept.
+
+        When the other end has closed, nothing is sent, and `has_ended` says so.
+        """
         if self._unsent:
             self._unsent += data
             return self.flush()
@@ -117,7 +120,8 @@ class Stream:
         except BlockingIOError:
             sent = 0
         except (BrokenPipeError, ConnectionResetError):
-            return True  # nobody is there to read it; the next receive says so
+            self.has_ended = True
+            return True
         if sent == len(data):
             return True
         self._unsent += memoryview(data)[sent:]
@@ -132,6 +136,7 @@ class Stream:
             except BlockingIOError:
                 return False
             except (BrokenPipeError, ConnectionResetError):
+                self.has_ended = True
                 unsent.clear()
                 return True
             del unsent[:sent]

@@ -119,17 +119,17 @@ class StoreWriter:
         """
         trie, words = self.trie, self._words
         try:
-            self._build(changes)
-        except StateFull:
-            trie.rollback()
-            self._begin()
             try:
-                self._make_room(only_deletes=not any(payload is not None for payload in changes.values()))
                 self._build(changes)
             except StateFull:
                 trie.rollback()
                 self._begin()
-                raise
+                self._make_room(only_deletes=not any(payload is not None for payload in changes.values()))
+                self._build(changes)
+        except BaseException:
+            trie.rollback()
+            self._begin()
+            raise
         version = self.version + 1
         floor = version - RING + 1
         if floor > words[W_HORIZON]:
