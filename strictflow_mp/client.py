@@ -66,6 +66,7 @@ class Attachment:
         self.pending: dict[int, TaskFuture[Any]] = {}
         self.functions: dict[Any, int] = {}
         self.last = 0
+        self.writes = self.gate.last
         self.reading = threading.Lock()
         self.reading_thread = 0
         self.server: threading.Thread | None = None
@@ -246,11 +247,18 @@ class Client:
                     frames.append(self._function_frame(task, function))
                     attachment.functions[task] = function
                 batch = packed[position : position + room]
+                flag = 0
                 for arguments in batch:
                     future = self._new_future(attachment, task.name)
                     futures.append(future)
-                    frames.append(wire.pack_frame(wire.CALL, future.number, function, arguments))
-                self._submit(attachment, b"".join(frames), len(batch) if task.priority == 1 else 0)
+                    if task.priority == 1:
+                        flag = attachment.writes = attachment.writes + 1
+                    frames.append(wire.pack_frame(wire.CALL, future.number, function, arguments, flag))
+                data = b"".join(frames)
+                if task.priority == 1:
+                    self._submit(attachment, data)
+                else:
+                    self._send(attachment, data)
             position += len(batch)
         return futures
 
@@ -263,7 +271,8 @@ class Client:
                 if attachment.is_lost:
                     continue
                 future = self._new_future(attachment, "put")
-                self._submit(attachment, wire.pack_frame(wire.PUT, future.number, list(changes.items())), 1)
+                flag = attachment.writes = attachment.writes + 1
+                self._submit(attachment, wire.pack_frame(wire.PUT, future.number, list(changes.items()), flag))
                 return future
 
     def write(self, changes: dict[bytes, bytes | None]) -> None:
@@ -317,17 +326,12 @@ class Client:
         except SerializationError as error:
             raise error.of(self.name) from None
 
-    def _submit(self, attachment: Attachment, data: bytes, writes: int) -> None:
-        """Send frames, and raise the flag for the P1 tasks in them. The caller holds `_submitting`."""
-        try:
-            self._send(attachment, data)
-        except BaseException:
-            # A signal handler has raised. Frames that are half sent would leave the flag up: finish first.
-            self._send(attachment, b"")
-            raise
-        finally:
-            if writes and not attachment.stream.has_ended:
-                attachment.gate.raise_flag(writes)
+    def _submit(self, attachment: Attachment, data: bytes) -> None:
+        """Send frames, then raise the flag for the P1 tasks in them. The caller holds `_submitting`."""
+        self._send(attachment, data)
+        # If a signal handler raised before this, the frame of the next P1 says how far to count.
+        if not attachment.stream.has_ended:
+            attachment.gate.raise_flag(attachment.writes)
 
     def _send(self, attachment: Attachment, data: bytes) -> None:
         stream = attachment.stream

@@ -54,7 +54,10 @@ def main(message: dict[str, Any]) -> None:
         os.write(ready, pickle.dumps(text))
         os.close(ready)
         raise SystemExit(0 if isinstance(error, StrictFlowError) else 1) from None
-    os.write(ready, pickle.dumps(None))
+    try:
+        os.write(ready, pickle.dumps(None))
+    except BrokenPipeError:
+        pass  # the owner has died; the flow will find itself deserted
     os.close(ready)
     coordinator.run()
 
@@ -111,9 +114,11 @@ class Coordinator:
         logger.info("flow %r is served by pid %d", self._name, os.getpid())
         assert self._sessions is not None
         try:
-            self._loop.run()
-            self._loop.close()
-            self._gate.stop()
+            try:
+                self._loop.run()
+                self._loop.close()
+            finally:
+                self._gate.stop()
             self._loop.answer_stops()
             self._sessions.flush(FAREWELL)
         finally:

@@ -5,9 +5,10 @@ Written by: SUBMITTED, WAITING, WAITS, WAITED by the slot's process; FINISHED, a
     the coordinator, which also makes and unlinks the semaphores.
 Read by: everybody.
 Order: **the flag is up while submitted[i] > finished[i] for some i.**
-    Submit: the whole frame is in the pipe, then submitted[i] grows, then submit returns. So when it has
+    P1 tasks of a slot are numbered; their frames carry the number.
+    Submit: the whole frame is in the pipe, then submitted[i] = number, then submit returns. So when it has
     returned, every process sees the flag; and whoever dies half-way leaves no flag up.
-    Commit: the version is published, then finished[i] grows (store-store, free on x86-64).
+    Commit: the version is published, then finished[i] = number (store-store, free on x86-64).
     Wait: the reader stores waiting = 1, *fence*, looks at finished[] again, sleeps. The coordinator stores
     finished[], *fence*, looks at waiting[], posts. Each fence forbids that the store is seen after the
     load behind it; so either the reader sees that it need not sleep, or the coordinator sees it waiting.
@@ -36,6 +37,9 @@ __all__ = ["Gate", "GateKeeper", "condemn", "semaphore_name", "unlink_semaphore"
 SPIN = 50e-6
 """Seconds that a reader looks at the words before it sleeps: about as long as a short P1 lasts. Waking an
 idle core costs about as much."""
+
+LEADER = "leader"
+NOBODY = -1
 
 SLICE = 0.05
 """Seconds of sleep after which a waiting reader looks whether the coordinator lives."""
@@ -105,13 +109,23 @@ class Gate:
         self._semaphore = semaphore
         # One thread of a process sleeps on its semaphore and wakes the others, so that no thread takes
         # the post that another needs.
-        self._leader = threading.Lock()
+        # By thread, so that one whose signal handler raised just then leads again when it comes back. Every
+        # operation on it is one step: there is no instant at which an exception would leave it taken for good.
+        self._leader: dict[str, int] = {}
         self._followers: deque[threading.Lock] = deque()
 
-    def raise_flag(self, tasks: int) -> None:
-        """Count P1 tasks whose frames are wholly in the pipe. The caller holds the process's submit lock."""
+    @property
+    def last(self) -> int:
+        """The number of the last P1 task that this slot's process has counted."""
+        return int(self._words[self._mine])
+
+    def raise_flag(self, number: int) -> None:
+        """Count P1 tasks up to *number*, whose frames are wholly in the pipe. The caller holds the submit lock.
+
+        A number that was drawn and never sent, since a signal handler raised, is passed over by the next.
+        """
         # The frame is in the kernel: the system call was a barrier of its own.
-        self._words[self._mine] += tasks
+        self._words[self._mine] = number
 
     def is_open(self) -> bool:
         """Whether nothing that was submitted is unfinished."""
@@ -151,12 +165,13 @@ class Gate:
             self._words[self._waited] += int((time.monotonic() - began) * 1e9)
 
     def _wait_asleep(self, behind: list[tuple[int, int]], deadline: float | None, check: Callable[[], None]) -> bool:
+        me = threading.get_ident()
         while True:
-            if self._leader.acquire(blocking=False):
+            if self._leader.setdefault(LEADER, me) == me:
                 try:
                     self._lead(behind, deadline, check)
                 finally:
-                    self._leader.release()
+                    self._leader.pop(LEADER, None)
                     self._wake_followers()
             else:
                 self._follow(behind, deadline)
@@ -192,7 +207,7 @@ class Gate:
         self._followers.append(bed)
         try:
             # The leader first goes, then wakes: it cannot miss a bed that stands here while it still leads.
-            if self._leader.locked() and not _reached(self.finished, behind):
+            if self._leader and not _reached(self.finished, behind):
                 left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
                 bed.acquire(timeout=max(0.0, left))
         finally:
@@ -211,7 +226,7 @@ class Gate:
     def release(self) -> None:
         """Close the semaphore, unless a thread sleeps on it."""
         # The leader's place stays taken: nobody may sleep on a closed semaphore.
-        if self._leader.acquire(blocking=False):
+        if self._leader.setdefault(LEADER, NOBODY) == NOBODY:
             self._semaphore.close()
 
     def __repr__(self) -> str:
@@ -241,7 +256,6 @@ class GateKeeper:
         self._nobody = memoryview(bytes(8 * slots)).cast("Q")
         self._semaphores: dict[int, posix_ipc.Semaphore] = {}
         self._raised = 0  # how often slot 0 was
-        self._due: deque[int] = deque()  # for which of these a task of SF-LOOP's own is still queued
 
     # Slots
 
@@ -288,26 +302,25 @@ class GateKeeper:
         """Whether some process has counted a P1 task that is not finished."""
         return any(map(int.__gt__, self._submitted.tolist(), self._finished.tolist()))
 
-    def raise_own(self, *, for_task: bool = False) -> None:
-        """Raise slot 0: from now on, a read waits for the burst that begins, or for a P1 that a task submitted."""
+    def raise_own(self) -> int:
+        """Raise slot 0, for a burst that begins or a P1 that a task submits; return the number."""
         self._raised += 1
-        if for_task:
-            self._due.append(self._raised)
         self._submitted[0] = self._raised
+        return self._raised
 
-    def finish(self, counts: dict[int, int]) -> None:
-        """Count finished tasks by slot, lower slot 0 as far as it goes, wake the readers that wait.
+    def finish(self, numbers: dict[int, int], own: int | None = None) -> None:
+        """Tasks are finished, by slot up to that number; wake the readers that wait.
 
-        The tasks of slot 0 end in the order in which they were submitted, like those of any other.
+        Args:
+            own: the number of the first P1 of SF-LOOP's own that is still queued, if there is one.
         """
         finished = self._finished
-        for _ in range(counts.pop(0, 0)):
-            self._due.popleft()
-        # The commit before the counts that speak of it (store-store).
+        # The commit before the numbers that speak of it (store-store).
         publish_fence()
-        for slot, count in counts.items():
-            finished[slot] += count
-        finished[0] = self._due[0] - 1 if self._due else self._raised
+        for slot, number in numbers.items():
+            if slot and number > finished[slot]:
+                finished[slot] = number
+        finished[0] = self._raised if own is None else own - 1
         self.wake()
 
     def wake(self) -> None:

@@ -104,6 +104,7 @@ class Inside:
         self._scheduler = scheduler
         self._stepper = stepper
         self._last = 0
+        self._due = 0  # the number of the last P1 that a task submitted; 0 when none is queued
 
     def snapshot(self) -> Snapshot:
         """A view of the last committed version."""
@@ -123,12 +124,23 @@ class Inside:
         self, priority: int, name: str, function: Function | None, arguments: bytes, changes: Changes
     ) -> TaskFuture[Any]:
         self._last += 1
-        if priority == 1:
-            self._gate.raise_own(for_task=True)
         future: TaskFuture[Any] = _LocalFuture(self, self._last, name)
-        self._scheduler.submit(Call(0, self._last, priority, None, function, arguments, changes, future))
+        if priority == 1:
+            self._due = self._gate.raise_own()
+        flag = self._due if priority == 1 else 0
+        self._scheduler.submit(Call(0, self._last, priority, None, function, arguments, changes, flag, future))
         self._stepper.stop_soon()
         return future
+
+    def first_due(self) -> int | None:
+        """The number of the first queued P1 that a task submitted."""
+        if not self._due:
+            return None
+        job = self._scheduler.first_write(0)
+        if isinstance(job, Call):
+            return job.flag
+        self._due = 0
+        return None
 
     # future.Port
 

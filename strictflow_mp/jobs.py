@@ -55,6 +55,7 @@ class Call(Job):
         "arrived",
         "changes",
         "failure",
+        "flag",
         "function",
         "future",
         "outcome",
@@ -70,6 +71,7 @@ class Call(Job):
         function: Function | None,
         arguments: bytes,
         changes: Changes,
+        flag: int,
         future: TaskFuture[Any] | None = None,
     ) -> None:
         Job.__init__(self, owner, number, priority)
@@ -77,6 +79,7 @@ class Call(Job):
         self.function = function
         self.arguments = arguments
         self.changes = changes
+        self.flag = flag
         self.future = future
         self.arrived = time.perf_counter_ns()
         self.answer = b""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import pickle
 import select
@@ -91,11 +92,14 @@ class Owner:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
-            ask_to_stop(client, drain=drain, timeout=timeout)
-        except TimeoutError:
+            if not ask_to_stop(client, drain=drain, timeout=timeout) and not ask_to_stop(
+                client, drain=drain, timeout=timeout
+            ):
+                self._child.terminate()  # our connection was gone, and so is the next: a signal says the same
+        except (TimeoutError, concurrent.futures.TimeoutError):  # two classes before Python 3.11
             pass
         except StrictFlowError:
-            self._child.terminate()  # it does not take us; a signal says the same
+            self._child.terminate()  # it does not take us
         left = END if deadline is None else max(0.0, deadline - time.monotonic())
         killed = self._child.wait(left) is None
         if killed:
@@ -132,12 +136,17 @@ class Owner:
         return f"<Owner of {self.name!r}, coordinator {self._child!r}>"
 
 
-def ask_to_stop(client: Client, *, drain: bool, timeout: float | None) -> None:
-    """Ask a coordinator to stop, and wait until it says that it has."""
+def ask_to_stop(client: Client, *, drain: bool, timeout: float | None) -> bool:
+    """Ask a coordinator to stop, and wait until it says that it has; False when there was nobody to say it.
+
+    Raises:
+        TimeoutError: it took longer than *timeout* seconds.
+    """
     try:
         client.ask(wire.STOP, drain, timeout=timeout, attach=0.0)
     except (FlowNotRunning, CoordinatorLost):
-        pass  # it has gone already
+        return False
+    return True
 
 
 def _read_answer(descriptor: int, deadline: float) -> bytes:

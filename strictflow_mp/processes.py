@@ -197,8 +197,9 @@ def launch(
     options += [f"-X{name}" if value is True else f"-X{name}={value}" for name, value in sys._xoptions.items()]
     blob = pickler({"path": sys.path, "argv": sys.argv, "message": pickler(message)})
     # The child starts with SIGINT blocked, and lets it in (`let_interrupts_in`) when it can deal with it.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         popen = subprocess.Popen(
             [os.fsdecode(spawn.get_executable()), *options, "-c", _BOOT.format(root=root, entry=entry)],
             stdin=subprocess.PIPE,
@@ -206,7 +207,7 @@ def launch(
             close_fds=True,
         )
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     child = Child(popen)
     assert popen.stdin is not None
     try:
@@ -236,7 +237,7 @@ def boot(entry: str) -> None:
     sys.argv[:] = parcel["argv"]
     for stream in (sys.stdout, sys.stderr):
         if stream is not None and hasattr(stream, "reconfigure"):
-            stream.reconfigure(line_buffering=True)
+            stream.reconfigure(line_buffering=True, write_through=False)
     module, _, name = entry.partition(":")
     __import__(module)
     getattr(sys.modules[module], name)(pickle.loads(parcel["message"]))

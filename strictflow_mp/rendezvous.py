@@ -44,7 +44,7 @@ def base_directory() -> Path:
 
 def _private_directory(path: Path) -> None:
     try:
-        path.mkdir(mode=0o700, parents=True)
+        path.mkdir(mode=0o700)
     except FileExistsError:
         pass
     _check_directory(path)

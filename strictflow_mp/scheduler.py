@@ -127,6 +127,10 @@ class Scheduler:
         job.state = State.RUNNING
         return job
 
+    def first_write(self, owner: int) -> Job | None:
+        """The first queued P1 task of an owner."""
+        return next((job for job in self._writes if job.owner == owner), None)
+
     @property
     def writes(self) -> int:
         """P1 tasks queued."""

@@ -168,17 +168,17 @@ class SFLoop:
     def _accept(self, session: Session, frame: Frame) -> None:
         kind = frame[0]
         if kind == wire.CALL:
-            wire.check_fields(frame, int, int, bytes)
-            _, number, function_id, arguments = frame
+            wire.check_fields(frame, int, int, bytes, int)
+            _, number, function_id, arguments, flag = frame
             function = session.functions.get(function_id)
             if function is None:
                 raise ProtocolError(f"a call names function {function_id}, which was not sent")
-            self._queue(session, Call(session.slot, number, function.priority, session, function, arguments, {}))
+            self._queue(session, Call(session.slot, number, function.priority, session, function, arguments, {}, flag))
         elif kind == wire.PUT:
-            wire.check_fields(frame, int, tuple)
+            wire.check_fields(frame, int, tuple, int)
             _check_changes(frame[2])
             changes: Changes = dict(frame[2])
-            self._queue(session, Call(session.slot, frame[1], 1, session, None, b"", changes))
+            self._queue(session, Call(session.slot, frame[1], 1, session, None, b"", changes, frame[3]))
         elif kind == wire.FUNCTION:
             wire.check_fields(frame, int, bool, bytes, str, int, (bytes, type(None)), (float, int, type(None)))
             self._learn(session, *frame[1:])
@@ -229,6 +229,8 @@ class SFLoop:
         session.functions[function_id] = Function(target, name, level, key, timeout)
 
     def _queue(self, session: Session, call: Call) -> None:
+        if call.flag < 0 or (call.flag == 0) != (call.priority == 2):
+            raise ProtocolError(f"a P{call.priority} task cannot have number {call.flag}")
         session.queued += 1
         self.scheduler.submit(call)
         if self._is_refusing:
@@ -241,14 +243,15 @@ class SFLoop:
 
     def _drop_all(self) -> None:
         """Refuse what is queued. P1 tasks are counted as finished: nobody may wait for them."""
-        counts: dict[int, int] = {}
+        numbers: dict[int, int] = {}
         while (job := self.scheduler.next_write(0, 0)) is not None:
+            assert isinstance(job, Call)
             self._refuse(job)
-            counts[job.owner] = counts.get(job.owner, 0) + 1
+            numbers[job.owner] = job.flag
         while self.scheduler.reads > len(self.stepper):
             self._refuse(self.scheduler.next_read())
-        if counts:
-            self.gate.finish(counts)
+        if numbers:
+            self.gate.finish(numbers)
 
     def _stopped(self) -> FlowNotRunning:
         return FlowNotRunning("it was stopped before the task ran", flow=self.name)
@@ -268,14 +271,14 @@ class SFLoop:
         gate.raise_own()
         burst = Burst(self.writer, self.reader)
         jobs: list[Call] = []
-        counts: dict[int, int] = {}
+        numbers: dict[int, int] = {}
         tight = not self.writer.is_roomy()
         committed = 0  # jobs ahead of this one are in a commit already
         began = time.perf_counter()
         while job := scheduler.next_write(len(jobs), time.perf_counter() - began):
             assert isinstance(job, Call)
             jobs.append(job)
-            counts[job.owner] = counts.get(job.owner, 0) + 1
+            numbers[job.owner] = job.flag
             if job.state is not State.CANCELLED:
                 commits = burst.commits
                 self._run_write(job, burst)
@@ -289,7 +292,7 @@ class SFLoop:
             for job in jobs[committed:]:
                 if not job.has_failed and job.state is not State.CANCELLED:
                     self._fail(job, full)
-        gate.finish(counts)
+        gate.finish(numbers, self.inside.first_due())
         self._answer_writes(jobs)
 
     def _answer_writes(self, jobs: list[Call]) -> None:

@@ -5,12 +5,14 @@ A connection carries a stream of msgpack arrays in both directions. msgpack need
 Client to coordinator::
 
     [FUNCTION, id, by_value, code, name, priority, key, timeout]   once for each function and connection
-    [CALL, seq, id, arguments]         arguments: packed [args, kwargs], or b"" for none
-    [PUT, seq, [[key, payload or nil]]]  P1; nil deletes
+    [CALL, seq, id, arguments, flag]   arguments: packed [args, kwargs], or b"" for none
+    [PUT, seq, [[key, payload or nil]], flag]  P1; nil deletes
     [CANCEL, seq, other]               asks whether task `other` is still to be had back
     [STATS, seq]
     [STOP, seq, drain]
     [GOODBYE]                          the client will not touch its slot again
+
+`flag` is a P1's number in its slot (`gate`), 0 for a P2.
 
 Coordinator to client::
 
@@ -45,7 +47,7 @@ RESULT, FAILURE, CANCELLED, REFUSED = range(1, 5)
 
 RECEIVE = 1 << 18
 
-_pack = msgpack.Packer(autoreset=True).pack
+_pack = msgpack.Packer(autoreset=True, unicode_errors="surrogatepass").pack
 
 Frame = tuple[Any, ...]
 
