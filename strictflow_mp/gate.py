@@ -227,7 +227,10 @@ class Gate:
         """Close the semaphore, unless a thread sleeps on it."""
         # The leader's place stays taken: nobody may sleep on a closed semaphore.
         if self._leader.setdefault(LEADER, NOBODY) == NOBODY:
-            self._semaphore.close()
+            try:
+                self._semaphore.close()
+            except posix_ipc.ExistentialError:
+                pass  # another thread was here first
 
     def __repr__(self) -> str:
         return f"<Gate of slot {self._slot}, {'open' if self.is_open() else 'closed'}>"

@@ -15,7 +15,6 @@ import sys
 import threading
 import types
 import uuid
-import warnings
 import weakref
 import zoneinfo
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +27,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from strictflow_mp import values
+from strictflow_mp import extensions, values
 from strictflow_mp.errors import ProtocolError, ReadOnlyState, SerializationError
 from strictflow_mp.frozen import FrozenDict, FrozenList, FrozenSet
 from strictflow_mp.values import describe, has_arrays, pack, pack_key, unpack, unpack_frozen, unpack_key
@@ -55,6 +54,19 @@ class Perm(enum.Flag):
 class Outer:
     class Inner(enum.Enum):
         ONE = 1
+
+
+class Open(enum.Enum):
+    """Makes up members as they are asked for."""
+
+    NONE = 0
+
+    @classmethod
+    def _missing_(cls, value: object) -> Open:
+        member = object.__new__(cls)
+        member._name_ = f"made_{value}"
+        member._value_ = value
+        return member
 
 
 MEMBERS = [
@@ -91,6 +103,10 @@ class Zone(tzinfo):
 
 
 Point = collections.namedtuple("Point", "x y")
+
+
+class Probe:
+    """Lets a test run code amid packing: it registers an encoder."""
 
 
 @dataclasses.dataclass
@@ -276,6 +292,10 @@ def test_the_order_of_a_dict_is_kept() -> None:
     assert list(unpack(pack({"b": 1, "a": 2}))) == ["b", "a"]
 
 
+def extension(code: int, payload: bytes) -> bytes:
+    return b"\xc7" + bytes([len(payload), code & 0xFF]) + payload
+
+
 # Enum members
 
 
@@ -296,14 +316,12 @@ def test_the_main_module_of_a_spawned_child_is_the_main_module(monkeypatch: pyte
         (__name__, "Color.GREEN", r"Color\.GREEN is not found"),
         (__name__, "Record.a", r"Record\.a is not found"),
         (__name__, "Color.5", r"Color\.5 is not found"),
+        ("builtins", "int.5", r"int is not an Enum"),
     ],
 )
 def test_a_member_that_is_not_found_is_named(module: str, name: str, message: str) -> None:
     qualname, member = name.split(".")
-    fields = msgpack.packb([module, qualname, int(member) if member.isdigit() else member])
-    packed = msgpack.Packer(strict_types=True, default=lambda _: tuple.__new__(msgpack.ExtType, (-9, fields))).pack(
-        object()
-    )
+    packed = extension(-9, pack([module, qualname, int(member) if member.isdigit() else member]))
     for read in (unpack, unpack_frozen):
         with pytest.raises(SerializationError, match=message):
             read(packed)
@@ -317,6 +335,11 @@ def test_a_class_in_a_function_is_refused() -> None:
         pack([Local.A])
 
 
+def test_a_member_that_its_class_does_not_list_is_refused() -> None:
+    with pytest.raises(SerializationError, match="does not list it: store its value"):
+        pack(Open(5))
+
+
 def test_a_time_zone_that_is_not_found_is_named() -> None:
     packed = pack(datetime(2020, 1, 1, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")))
     with pytest.raises(SerializationError, match=r"'Europe/Borlin' is not found .* tzdata"):
@@ -326,6 +349,7 @@ def test_a_time_zone_that_is_not_found_is_named() -> None:
 # What cannot be stored
 
 
+SHARED = [1, (2,)]
 CYCLE: dict[str, Any] = {}
 CYCLE["me"] = [CYCLE]
 TUPLE_CYCLE: Any = ([],)
@@ -353,6 +377,7 @@ TUPLE_CYCLE[0].append(TUPLE_CYCLE)
         ([memoryview(b"abcd")[::2]], "config[0]", "memoryview cannot be stored: .*contiguous"),
         ([datetime(2020, 1, 1, tzinfo=Zone())], "config[0]", r"Zone cannot .* zoneinfo\.ZoneInfo"),
         (["\ud800", {"x": object()}], "config[1].x", "object"),
+        ([SHARED, {"x": SHARED}, object()], "config[2]", "object"),
         (CYCLE, "config.me[0]", "part of itself"),
         (TUPLE_CYCLE, "config[0][0]", "part of itself"),
     ],
@@ -373,6 +398,15 @@ def test_a_zone_without_a_key_is_refused() -> None:
         pack(time(tzinfo=nameless))
 
 
+def test_a_lack_of_memory_is_no_fault_of_the_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setitem(extensions._ENCODERS, Probe, fail)
+    with pytest.raises(MemoryError):
+        pack([Probe()])
+
+
 def test_after_a_refusal_packing_goes_on() -> None:
     """Nothing of a value that was refused half-way gets into the next one."""
     good = {"a": (1, {2}), "b": [1, 2, 3]}
@@ -383,8 +417,8 @@ def test_after_a_refusal_packing_goes_on() -> None:
         assert pack(good) == packed
 
 
-def nest(depth: int, *wraps: Any) -> Any:
-    value: Any = "core"
+def nest(depth: int, *wraps: Any, core: str = "core") -> Any:
+    value: Any = core
     for level in range(depth):
         value = wraps[level % len(wraps)](value)
     return value
@@ -536,6 +570,40 @@ def test_damage_takes_no_memory() -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB; they say 8 GB
 
 
+@pytest.mark.parametrize(
+    ("code", "payload"),
+    [
+        *[(code, pack(5)) for code in (-2, -3, -4, -6, -9, -10, -11, -12, -13, -15)],
+        *[(code, pack({})) for code in (-2, -3, -4, -6, -9, -10, -11, -12, -13, -15)],
+        *[(code, pack([None] * size)) for code in (-9, -10, -11, -12, -15) for size in range(10)],
+        (-3, pack([[]])),
+        (-6, pack(["x"])),
+        (-7, b"1.x"),
+        (-7, b"\xff"),
+        (-8, bytes(15)),
+        (-9, pack(["enum", "Enum", None])),
+        (-9, pack([b"enum", "Enum", "A"])),
+        (-10, pack([2020, 13, 1, 0, 0, 0, 0, 0])),
+        (-10, pack([2020, 1, 1, 0, 0, 0, 0, 2])),
+        (-10, pack([2020, 1, 1, 0, 0, 0, 0, 0, b"UTC"])),
+        (-10, pack([2020, 1, 1, 0, 0, 0, 0, 0, "UTC", "UTC"])),
+        (-10, pack([2020, 1, 1, 0, 0, 0, 0, 0, 1 << 60])),
+        (-12, pack([1, 2, 3, 4, 0, 0, 5])),
+        (-13, pack([1 << 40, 0, 0])),
+        (-15, pack(["<f8", bytes(7)])),
+        (-15, pack(["<f8", "text"])),
+        (-15, pack(["U", b"a"])),
+        (-15, pack(["S99999999999", b"a"])),
+        (-16, b""),
+        (-128, b""),
+    ],
+)
+def test_damaged_extensions_are_told(code: int, payload: bytes) -> None:
+    for read in (unpack, unpack_frozen):
+        with pytest.raises(ProtocolError):
+            read(extension(code, payload))
+
+
 @pytest.mark.parametrize("cut", [0, 1, 5, -1])
 def test_part_of_a_value_is_damaged(cut: int) -> None:
     with pytest.raises(ProtocolError, match="damaged, or foreign"):
@@ -642,28 +710,20 @@ def test_a_signal_handler_may_pack() -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="fork")
-def test_a_child_forked_amid_packing_packs() -> None:
-    value = [(number, {str(number)}) for number in range(100)]
+def test_a_child_forked_amid_packing_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    value = [(number, {str(number)}) for number in range(10)]
     packed = pack(value)
-    stop = threading.Event()
+    ended: list[int] = []
 
-    def run() -> None:
-        while not stop.is_set():
-            pack(value)
+    def fork(*_: Any) -> None:
+        child = os.fork()
+        if child == 0:
+            os._exit(int(pack(value) != packed))
+        ended.append(os.waitpid(child, 0)[1])
 
-    with ThreadPoolExecutor(2) as pool:
-        pool.submit(run)
-        pool.submit(run)
-        try:
-            for _ in range(10):
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", DeprecationWarning)  # threads and fork: what is tested
-                    child = os.fork()
-                if child == 0:
-                    os._exit(0 if all(pack(value) == packed for _ in range(5)) else 1)
-                assert os.waitpid(child, 0)[1] == 0
-        finally:
-            stop.set()
+    monkeypatch.setitem(extensions._ENCODERS, Probe, fork)
+    assert unpack(pack([value, (1, Probe()), value])) == [value, (1, None), value]
+    assert ended == [0]
 
 
 def test_the_memory_of_a_large_value_is_given_back() -> None:
@@ -966,6 +1026,7 @@ def test_scalars_are_keys_and_members(np: Any) -> None:
         ("np.ma.zeros(3)", r"MaskedArray cannot be stored: convert it with numpy\.asarray\(\)"),
         ("np.matrix([1])", r"matrix cannot be stored: convert it with numpy\.asarray\(\)"),
         ("np.rec.array([(1, 2)])", r"recarray cannot be stored: convert it with numpy\.asarray\(\)"),
+        ("np.rec.array([(1, 2)])[0]", "dtype .*record.* cannot be stored"),
         ("type('Mine', (np.float64,), {})(1)", r"Mine cannot be stored: convert it with float\(\)"),
         ("np.dtype('i4')", "cannot be stored"),
     ],
@@ -1026,7 +1087,7 @@ def test_damaged_arrays_are_told(data: st.DataObject) -> None:
         [{"names": ["a"]}, 0, 0, 1],
         [{"names": ["a"], "formats": ["<f8"], "offsets": [-8], "itemsize": 8}, 0, 0, 1],
         [{"names": ["a"], "formats": ["<f8"], "offsets": [8], "itemsize": 8}, 0, 0, 1],
-        [nest(40, lambda inner: [inner, [1]]), 0, 0, 1],
+        [nest(40, lambda inner: {"names": ["a"], "formats": [inner]}, core="<f8"), 0, 0, 1],
         ["<f8", 0],
         [],
     ],
@@ -1041,8 +1102,7 @@ def test_damaged_fields_are_told(np: Any, fields: list[Any]) -> None:
 
 def frame(fields: list[Any]) -> bytes:
     """An array with these fields, and four floats behind it."""
-    payload = pack(fields)
-    body = b"\xc7" + bytes([len(payload)]) + b"\xf2" + payload
+    body = b"\xc8" + len(pack(fields)).to_bytes(2, "big") + b"\xf2" + pack(fields)
     head = b"\xc1\0\0\0" + len(body).to_bytes(4, "little") + body
     return head + bytes(-len(head) % 16) + struct.pack("<4d", 0, 1, 2, 3)
 

@@ -1,0 +1,161 @@
+"""P1 tasks and commits. Every P1 here is the whole path: a keyed task that reads, modifies and writes."""
+
+from __future__ import annotations
+
+import os
+import random
+import secrets
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import repeat
+from time import perf_counter
+
+from msgpack import packb
+
+from strictflow_mp import StrictFlow, Task, write
+from strictflow_mp.segment import Segment
+from strictflow_mp.store import StoreWriter
+from strictflow_mp.values import pack, pack_key
+from strictflow_mp.wire import CALL, pack_frame
+
+from .measure import Bound, Outcome, Run, Size, compare, figure
+from .peers import echo, manager_counter, redis_client
+from .reads import VALUE
+
+BATCH = 1000
+
+
+def increment(value: int, step: int) -> int:
+    """The P1 task: read, modify, write."""
+    return value + step
+
+
+@contextmanager
+def counter() -> Iterator[Task[..., int]]:
+    """A flow with one counter, and the P1 task that adds to it."""
+    with StrictFlow(state={"counter": 0}) as flow:
+        add = write(flow, key="counter")(increment)
+        add(1).result()
+        yield add
+
+
+def one_by_one(add: Task[..., int]) -> Run:
+    def run(count: int) -> float:
+        began = perf_counter()
+        for _ in repeat(None, count):
+            add(1).result()
+        return perf_counter() - began
+
+    return run
+
+
+@figure("P1, submit to result ÷ raw echo of the same bytes", Bound("≤", 1.5))
+def round_trip(size: Size) -> Outcome:
+    """One P1 that adds to a counter: submitted, run, committed, answered; the caller waits for the result.
+
+    The echo is the floor: the request's bytes go through a socket pair to a process that waits with epoll and
+    sends them back. It runs nothing, commits nothing, checks nothing.
+    """
+    request = pack_frame(CALL, 1000, 0, pack(((1,), {})))
+    answer = bytearray(len(request))
+    with counter() as add, echo() as sock:
+
+        def raw(count: int) -> float:
+            began = perf_counter()
+            for _ in repeat(None, count):
+                sock.send(request)
+                sock.recv_into(answer)
+            return perf_counter() - began
+
+        return compare(one_by_one(add), raw, size, peer_is="echo", note=f"{len(request)} bytes")
+
+
+@figure("P1, submit to result ÷ Manager RLock + get + set", Bound("≤", 0.2))
+def against_manager(size: Size) -> Outcome:
+    """An atomic read-modify-write of a counter in another process. Ours: the P1 of `round_trip`.
+
+    Manager: take its RLock, get, set, release: four messages and their answers. Whoever is killed while
+    holding the lock stops everybody.
+    """
+    with counter() as add, manager_counter() as (lock, values):
+
+        def manager(count: int) -> float:
+            began = perf_counter()
+            for _ in repeat(None, count):
+                with lock:
+                    values["counter"] = values["counter"] + 1
+            return perf_counter() - began
+
+        return compare(one_by_one(add), manager, size, peer_is="Manager")
+
+
+@figure("pipelined P1 a second ÷ Redis pipelined INCR a second", Bound("≥", 1.2))
+def pipelined(size: Size) -> Outcome:
+    """Additions to a counter, 1,000 submitted in one go, all results awaited; then the next 1,000.
+
+    Ours: ``task.map``, one P1 with its own transaction and its own Future each. Redis: INCR in a pipeline, without
+    MULTI; each is atomic and has its own result. Redis runs no code of the caller's.
+    """
+    with counter() as add, redis_client() as redis:
+
+        def ours(count: int) -> float:
+            began = perf_counter()
+            for _ in repeat(None, count):
+                for future in add.map(repeat(1, BATCH)):
+                    future.result()
+            return (perf_counter() - began) / BATCH
+
+        def theirs(count: int) -> float:
+            began = perf_counter()
+            for _ in repeat(None, count):
+                pipeline = redis.pipeline(transaction=False)
+                for _ in repeat(None, BATCH):
+                    pipeline.incr("counter")
+                pipeline.execute()
+            return (perf_counter() - began) / BATCH
+
+        each = Size(size.repetitions, size.seconds / BATCH, size.keys)
+        return compare(ours, theirs, each, peer_is="Redis", inverse=True)
+
+
+@contextmanager
+def store(keys: int) -> Iterator[StoreWriter]:
+    """A store of that many keys, in a segment of its own, without a coordinator."""
+    segment = Segment.create(secrets.token_hex(6), "bench", capacity=1 << 30, slots=2, pid=os.getpid(), start=0)
+    try:
+        writer = StoreWriter(segment, "bench")
+        writer.create()
+        payload = packb(VALUE)
+        for begin in range(0, keys, 10_000):
+            writer.publish({pack_key(f"key:{n}"): payload for n in range(begin, min(keys, begin + 10_000))})
+        yield writer
+    finally:
+        segment.unlink()
+        segment.close()
+
+
+@figure("commit of one key among many ÷ among 10", Bound("≤", 2))
+def commit(size: Size) -> Outcome:
+    """One commit that changes one key, chosen at random, to a packed value; hash, cell, path, record, flip.
+
+    Both stores have run long enough before that they reuse memory, so both pay for that too.
+    """
+    payload = packb(VALUE)
+
+    def commits(writer: StoreWriter, keys: int) -> Run:
+        def run(count: int) -> float:
+            changes = [{pack_key(f"key:{random.randrange(keys)}"): payload} for _ in range(count)]
+            publish = writer.publish
+            began = perf_counter()
+            for change in changes:
+                publish(change)
+            return perf_counter() - began
+
+        return run
+
+    with ExitStack() as stack:
+        many = commits(stack.enter_context(store(size.keys)), size.keys)
+        few = commits(stack.enter_context(store(10)), 10)
+        for run in (many, few):
+            run(round(size.seconds * 5e5))
+        return compare(many, few, size, peer_is="among 10:", note=f"{size.keys:,} keys")

@@ -1,0 +1,95 @@
+"""Sabotage: each function breaks one rule of a protocol, in the process that calls it and in no other."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+
+from strictflow_mp import gate, state, transaction
+from strictflow_mp.client import Client
+from strictflow_mp.segment import W_CLAIMED
+from strictflow_mp.store import commit, pins, reader
+from strictflow_mp.store.trie import LEVELS
+
+W_NEVER_WRITTEN = W_CLAIMED + 1
+
+
+def reuse_memory_at_once() -> None:
+    """In the coordinator; breaks nothing, but leaves it all to horizon and pins."""
+    commit.REST_WORDS = 0
+
+
+def dawdle() -> None:
+    """In a reader; breaks nothing, but now and then it stops in the middle of a read."""
+    reader._DEPTHS = Dawdling()
+
+
+class Dawdling:
+    """`range(LEVELS)` that takes its time, once in a while."""
+
+    def __init__(self) -> None:
+        self._walks = itertools.count()
+
+    def __iter__(self) -> Iterator[int]:
+        pause = 0.002 if next(self._walks) % 20 == 0 else 0
+        for level in range(LEVELS):
+            yield level
+            if pause:
+                time.sleep(pause)
+
+
+def open_the_gate() -> None:
+    """In a reader: it never waits."""
+
+    def bind(self, segment, gate):
+        bind_well(self, segment, gate)
+        self._submitted = self._finished
+
+    bind_well, state.FlowState.bind = state.FlowState.bind, bind
+    Client.pass_gate = lambda self, timeout=None: self.attach().reader
+
+
+def raise_no_flag() -> None:
+    """In a writer: nobody learns what it has submitted."""
+    gate.Gate.raise_flag = lambda self, tasks: None
+
+
+def skip_the_horizon() -> None:
+    """In a reader: it believes what it has read, reused or not."""
+    dawdle()
+    reader.W_HORIZON = W_NEVER_WRITTEN
+
+
+def read_the_newest_for_each_key() -> None:
+    """In a reader: a snapshot has no version of its own."""
+
+    def _at(self):
+        self._reader = self._enter()
+        newest = self._reader.pin()
+        self._reader.unpin(newest)
+        return newest
+
+    state.Snapshot._at = _at
+
+
+def finish_before_publishing() -> None:
+    """In the coordinator: finished[] grows, then the version is published."""
+    ready = []
+
+    def publish(self):
+        ready.append(self)
+
+    def finish(self, counts):
+        finish_well(self, counts)
+        while ready:
+            publish_well(ready.pop())
+
+    publish_well, transaction.Burst.publish = transaction.Burst.publish, publish
+    finish_well, gate.GateKeeper.finish = gate.GateKeeper.finish, finish
+
+
+def ignore_the_pins() -> None:
+    """In the coordinator: it reuses what a snapshot still needs."""
+    reuse_memory_at_once()
+    pins.PinnedVersions.needs = lambda self, birth, replaced: False

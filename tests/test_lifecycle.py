@@ -1,0 +1,224 @@
+"""Life and death of a flow: start, stop, signals, owners that die."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from contextlib import contextmanager, suppress
+
+import psutil
+import pytest
+from holding import held, is_inside
+
+from strictflow_mp import FlowNotRunning, StrictFlow, StrictFlowError, TaskTimeout, client, write
+
+
+@contextmanager
+def script(code, *args):
+    """A script that runs in a process group of its own; it is killed at the end if it still runs."""
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(code), *args],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def has_ended(pid):
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_start_and_stop_are_idempotent_and_every_start_begins_anew():
+    flow = StrictFlow("again", state={"n": 0})
+    flow.stop_loop()
+    for _ in range(2):
+        flow.start_loop()
+        flow.start_loop()
+        assert (flow.state["n"], flow.stats().version) == (0, 1)
+        flow.state["n"] = 1
+        flow.stop_loop()
+        flow.stop_loop()
+    with flow, pytest.raises(LookupError), flow:
+        raise LookupError
+    assert flow.stop_loop() is None
+
+
+def test_run_loop_blocks_a_thread_until_the_flow_is_stopped():
+    flow = StrictFlow("seed", state={"n": 0})
+    thread = threading.Thread(target=flow.run_loop)
+    thread.start()
+    flow.state["n"] = 1
+    assert thread.is_alive()
+    flow.stop_loop()
+    thread.join()
+    with pytest.raises(FlowNotRunning):
+        StrictFlow.attach("seed", timeout=0)
+
+
+def test_run_loop_returns_when_another_process_stops_the_flow(run_python):
+    flow = StrictFlow("seed", state={"n": 0})
+    thread = threading.Thread(target=flow.run_loop)
+    thread.start()
+    assert flow.state["n"] == 0
+    assert run_python("from strictflow_mp import StrictFlow; StrictFlow.attach('seed').stop_loop()").stderr == ""
+    thread.join()
+    flow.stop_loop()
+
+
+def test_stopping_runs_what_is_queued(eventually):
+    with StrictFlow(state={"log": []}) as flow:
+
+        @write(flow)
+        def log(n):
+            flow.state["log"].append(n)
+            return len(flow.state["log"])
+
+        with held(flow):
+            futures = log.map(range(50))
+            stopping = threading.Thread(target=flow.stop_loop)
+            stopping.start()
+            eventually(lambda: is_inside(stopping, "result"))  # it has asked
+        stopping.join()
+    assert [future.result() for future in futures] == list(range(1, 51))
+
+
+def test_stopping_without_draining_refuses_what_is_queued(eventually):
+    flow = StrictFlow("refuse", state={"n": None})
+    flow.start_loop()
+    with held(flow) as running:
+        futures = [flow.put("n", n) for n in range(100)]
+        stopping = threading.Thread(target=flow.stop_loop, kwargs={"drain": False})
+        stopping.start()
+        eventually(lambda: is_inside(stopping, "result"))  # it has asked
+    stopping.join()
+    assert running.exception() is None
+    assert {(type(error), error.flow) for error in (f.exception() for f in futures)} == {(FlowNotRunning, "refuse")}
+
+
+def test_a_read_after_the_own_stop_fails_at_once(monkeypatch):
+    flow = StrictFlow("over", state={"n": 1})
+    with flow:
+        assert flow.state["n"] == 1
+    monkeypatch.setattr(client, "RETRY", -1)  # to sleep for so long is an error: who waits is found out
+    for use in (lambda: flow.state["n"], lambda: flow.put("n", 2), flow.snapshot().__enter__, flow.stats):
+        with pytest.raises(FlowNotRunning) as caught:
+            use()
+        assert caught.value.flow == "over"
+
+
+def test_a_stop_that_takes_too_long_kills_the_task_and_leaves_nothing():
+    flow = StrictFlow("stuck", state={"n": 0})
+    flow.start_loop()
+    with suppress(BrokenPipeError), held(flow) as running:
+        queued = flow.put("n", 1)
+        with pytest.raises(TaskTimeout, match="killed") as caught:
+            flow.stop_loop(timeout=0.05)
+        assert caught.value.flow == "stuck"
+        for future in (running, queued):
+            assert isinstance(future.exception(), StrictFlowError)
+
+
+def test_a_task_cannot_stop_its_own_flow():
+    with StrictFlow(state={"n": 0}) as flow:
+        with pytest.raises(StrictFlowError, match="own flow"):
+            write(flow)(flow.stop_loop)().result()
+        assert flow.state["n"] == 0
+
+
+def test_sigterm_makes_the_coordinator_finish_what_is_queued_and_leave(eventually):
+    with StrictFlow("drained", state={"n": 0}) as flow:
+        pid = flow.stats().coordinator_pid
+        with held(flow):
+            futures = [flow.put("n", n) for n in range(50)]
+            os.kill(pid, signal.SIGTERM)
+        assert [future.exception() for future in futures] == [None] * 50
+        eventually(lambda: has_ended(pid))
+        with pytest.raises(FlowNotRunning, match="stopped"):
+            flow.state["n"]
+
+
+WORKERS_AT_WORK = """
+    import sys, threading, time
+    from strictflow_mp import StrictFlow, read, write
+    flow = StrictFlow("interrupted", state={"n": 0})
+
+    @write(flow)
+    def add():
+        flow.state["n"] += 1
+        time.sleep(0.001)
+
+    @read(flow)
+    async def look():
+        return flow.state["n"]
+
+    def worker():
+        while True:
+            add()
+            look()
+            flow.state["n"]
+
+    if __name__ == "__main__":
+        try:
+            with flow:
+                group = flow.spawn(worker, processes=2, restart=sys.argv[1])
+                while flow.state["n"] < 20:
+                    pass
+                print("ready", flush=True)
+                group.join()
+        except KeyboardInterrupt:
+            print("interrupted")
+"""
+
+
+@pytest.mark.parametrize("restart", ["never", "always"])
+def test_ctrl_c_ends_everybody_without_noise(restart):
+    with script(WORKERS_AT_WORK, restart) as process:
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        output, errors = process.communicate()
+    assert (output, errors, process.returncode) == ("interrupted\n", "", 0)
+
+
+OWNER = """
+    from strictflow_mp import StrictFlow
+    with StrictFlow("orphan", state={"n": 0}) as flow:
+        print(flow.stats().coordinator_pid, flush=True)
+        input()
+"""
+
+
+def test_a_coordinator_whose_owner_is_killed_cleans_up_and_ends(runtime_dir, eventually):
+    with script(OWNER) as owner:
+        pid = int(owner.stdout.readline())
+        owner.kill()
+        owner.wait()
+        eventually(lambda: has_ended(pid))
+        eventually(lambda: not list(runtime_dir.rglob("*")))
+
+
+def test_a_flow_whose_owner_is_killed_goes_on_until_the_last_worker_leaves(runtime_dir, eventually):
+    with script(OWNER) as owner:
+        pid = int(owner.stdout.readline())
+        flow = StrictFlow.attach("orphan")
+        owner.kill()
+        owner.wait()
+        eventually(lambda: [worker.pid for worker in flow.stats().workers] == [os.getpid()])
+        for n in range(20):
+            flow.state["n"] = n
+        assert (flow.state["n"], flow.stats().coordinator_pid) == (19, pid)
+        flow.close()
+        eventually(lambda: has_ended(pid))
+    assert not list(runtime_dir.rglob("*"))

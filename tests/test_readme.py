@@ -1,0 +1,59 @@
+"""The README: its quick start runs as it stands there, and what else it shows is sound."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from test_examples import quickstart_printed
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+COMMANDS = ["python -m pip install . && strictflow-mp demo", "python -m pip install tox && tox"]
+
+
+def quick_start() -> str:
+    section = README.split("\n## Quick start\n")[1].split("\n## ")[0]
+    [code] = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    return code
+
+
+def test_the_quick_start_runs_as_it_stands_in_the_readme(run_python, tmp_path):
+    script = tmp_path / "quickstart.py"
+    script.write_text(quick_start())
+    result = run_python(script, env={"PYTHONUNBUFFERED": ""})
+    assert (result.returncode, result.stderr) == (0, "")
+    quickstart_printed(result.stdout)
+
+
+def test_the_quick_start_is_the_example_of_that_name():
+    example = (ROOT / "examples" / "quickstart.py").read_text()
+    assert ast.dump(ast.parse(quick_start())) == ast.dump(ast.parse(example))
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_readme_gives_the_command(command):
+    shown = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]
+    assert [line for line in shown if re.fullmatch(rf"\$ {re.escape(command)}( *#.*)?", line)]
+
+
+def test_every_block_of_code_parses():
+    for kind, text in BLOCKS:
+        if kind == "python":
+            ast.parse(text)
+        else:
+            assert kind == "console"
+            typed = [line[2:] for line in text.splitlines() if line.startswith("$ ")]
+            assert typed
+            for command in typed:
+                subprocess.run(["bash", "-n", "-c", command], check=True)
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []

@@ -1,0 +1,311 @@
+"""The scheduler: its policy as transcripts to be read, and what must hold whatever happens.
+
+A transcript (`transcripts/*.txt`) is a list of blocks: commands, ``----``, what they answered. After a change of
+policy, run with REWRITE_TRANSCRIPTS=1 and review the difference. The commands:
+
+- ``submit a1:P1 b1..b9:P2 c1:async``: owner, number, kind (async is a P2 that turns out to be a coroutine).
+- ``cancel a1``; ``end c1``: an async task has ended.
+- ``during a1: COMMAND``: do it while that task runs.
+- ``each P1 takes 0.001``: seconds.
+- ``turn``, or ``turn 3``: what SF-LOOP does next, that many times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from strictflow_mp import StrictFlow, read, scheduler
+from strictflow_mp.scheduler import BURST_TIME, Job, Scheduler, State, Step
+
+TRANSCRIPTS = sorted(Path(__file__).with_name("transcripts").glob("*.txt"))
+
+
+class Loop:
+    """SF-LOOP without tasks: performs what the scheduler decides, and says so."""
+
+    def __init__(self) -> None:
+        self.scheduler = Scheduler()
+        self.takes = 0.0
+        self._coroutines: set[str] = set()
+        self._during: defaultdict[str, list[str]] = defaultdict(list)
+
+    def obey(self, command: str) -> Iterator[str]:
+        """What a command answers, line by line."""
+        verb, _, rest = command.partition(" ")
+        if verb == "submit":
+            for token in rest.split():
+                self._submit(*token.split(":"))
+        elif verb == "cancel":
+            for name in rest.split():
+                job = self.scheduler.cancel(*_parse(name))
+                yield f"{name} {job.state.value if job else 'is not queued'}"
+        elif verb == "end":
+            self.scheduler.async_ended()
+        elif verb == "during":
+            name, _, what = rest.partition(": ")
+            self._during[name].append(what)
+        elif command.startswith("each P1 takes "):
+            self.takes = float(command.split()[-1])
+        elif verb == "turn":
+            for _ in range(int(rest or 1)):
+                yield from self._turn()
+        else:
+            raise ValueError(command)
+
+    def _submit(self, names: str, kind: str) -> None:
+        first, _, last = names.partition("..")
+        owner, number = _parse(first)
+        for one in range(number, _parse(last or first)[1] + 1):
+            job = Job(owner, one, 1 if kind == "P1" else 2)
+            if kind == "async":
+                self._coroutines.add(_name(job))
+            self.scheduler.submit(job)
+
+    def _turn(self) -> Iterator[str]:
+        step = self.scheduler.next_step()
+        if step is Step.BURST:
+            ran: list[str] = []
+            answers: list[str] = []
+            while (job := self.scheduler.next_write(len(ran), len(ran) * self.takes)) is not None:
+                ran.append(_name(job) + " (cancelled)" * (job.state is State.CANCELLED))
+                answers += self._run(job)
+            yield f"P1: {_shortened(ran)}"
+            yield from answers
+        elif step is Step.READ:
+            job = self.scheduler.next_read()
+            starts = _name(job) in self._coroutines
+            yield f"P2: {_name(job)}" + " starts" * starts
+            yield from self._run(job)
+            if starts:
+                self.scheduler.async_started()
+        else:
+            yield step.value
+            if step is Step.ASYNC:
+                self.scheduler.async_ran()
+
+    def _run(self, job: Job) -> Iterator[str]:
+        for command in self._during.pop(_name(job), ()):
+            yield from self.obey(command)
+
+
+def _parse(name: str) -> tuple[int, int]:
+    return ord(name[0]), int(name[1:])
+
+
+def _name(job: Job) -> str:
+    return f"{chr(job.owner)}{job.number}"
+
+
+def _shortened(names: list[str]) -> str:
+    """a1, a2, a3, a4 as a1..a4."""
+    runs: list[list[str]] = []
+    for name in names:
+        follows = re.sub(r"\d+$", lambda number: str(int(number[0]) - 1), name)
+        if runs and runs[-1][-1] == follows != name:
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return " ".join(f"{run[0]}..{run[-1]}" if len(run) > 2 else " ".join(run) for run in runs)
+
+
+def play(script: str) -> str:
+    """The script with the answers that its commands give now."""
+    loop = Loop()
+    blocks = []
+    for block in script.strip().split("\n\n"):
+        commands = block.partition("\n----")[0]
+        if not commands.startswith("#"):
+            answers = [line for command in commands.split("\n") for line in loop.obey(command)]
+            commands = "\n".join([commands, "----", *(answers or [repr(loop.scheduler)])])
+        blocks.append(commands)
+    return "\n\n".join(blocks) + "\n"
+
+
+@pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: path.stem)
+def test_the_policy_is_as_the_transcripts_say(path):
+    script = path.read_text()
+    played = play(script)
+    if os.environ.get("REWRITE_TRANSCRIPTS"):
+        path.write_text(played)
+    else:
+        assert played == script
+
+
+def test_there_are_transcripts():
+    assert len(TRANSCRIPTS) >= 4
+
+
+BURST = 5
+OWNERS = st.sampled_from([0, 1, 2])
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Every job is in one place: queued, under way, over, or cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler()
+        self.last_number = dict.fromkeys((0, 1, 2), 0)
+        self.queued: list[Job] = []
+        self.cancelled: list[Job] = []
+        self.over: list[Job] = []
+        self.coroutines: set[Job] = set()
+        self.under_way: list[Job] = []
+        self.due: Step | None = None
+
+    def _queued(self, priority: int) -> list[Job]:
+        return [job for job in self.queued if job.priority == priority]
+
+    @rule(owner=OWNERS, priority=st.sampled_from([1, 2]), is_coroutine=st.booleans())
+    def submit(self, owner: int, priority: int, is_coroutine: bool) -> None:
+        self.last_number[owner] += 1
+        job = Job(owner, self.last_number[owner], priority)
+        if is_coroutine and priority == 2:
+            self.coroutines.add(job)
+        self.queued.append(job)
+        self.scheduler.submit(job)
+
+    @rule(owner=OWNERS, number=st.integers(1, 30))
+    def cancel(self, owner: int, number: int) -> None:
+        expected = next((job for job in self.queued if (job.owner, job.number) == (owner, number)), None)
+        assert self.scheduler.cancel(owner, number) is expected
+        if expected is not None:
+            assert expected.state is State.CANCELLED
+            self.queued.remove(expected)
+            self.cancelled.append(expected)
+
+    @precondition(lambda self: self.under_way)
+    @rule(data=st.data())
+    def an_async_task_ends(self, data: st.DataObject) -> None:
+        self.over.append(self.under_way.pop(data.draw(st.integers(0, len(self.under_way) - 1))))
+        self.scheduler.async_ended()
+
+    @rule(takes=st.sampled_from([0, BURST_TIME / 3, BURST_TIME]), cancel=st.none() | st.integers(1, 30))
+    def turn(self, takes: float, cancel: int | None) -> None:
+        step = self.scheduler.next_step()
+        if step is Step.BURST:
+            self._burst(takes, cancel)
+            return
+        assert not self._queued(1)
+        if step is Step.READ:
+            self._start_read()
+        elif step is Step.ASYNC:
+            assert self.under_way
+            self.scheduler.async_ran()
+        else:
+            assert not self.queued
+            assert not self.under_way
+        assert self.due in (None, step), "the other kind of P2 had its turn"
+        others = {Step.READ: self.under_way and Step.ASYNC, Step.ASYNC: self._queued(2) and Step.READ}
+        self.due = others.get(step) or None
+
+    def _burst(self, takes: float, cancel: int | None) -> None:
+        done = 0
+        while (job := self.scheduler.next_write(done, done * takes)) is not None:
+            done += 1
+            if job.state is State.CANCELLED:
+                assert job in self.cancelled
+                continue
+            assert job is self._queued(1)[0], "P1 tasks run in the order in which they were queued"
+            assert job.state is State.RUNNING
+            self.queued.remove(job)
+            self.over.append(job)
+            if cancel is not None:
+                self.cancel(job.owner, cancel)
+        assert done
+        assert done <= BURST
+        assert not takes or done <= BURST_TIME / takes + 1
+        if not takes and done < BURST:
+            assert not self._queued(1)
+
+    def _start_read(self) -> None:
+        job = self.scheduler.next_read()
+        assert job is self._queued(2)[0], "P2 tasks start in order"
+        assert job.state is State.RUNNING
+        self.queued.remove(job)
+        if job in self.coroutines:
+            self.under_way.append(job)
+            self.scheduler.async_started()
+        else:
+            self.over.append(job)
+
+    @invariant()
+    def the_scheduler_knows_how_many_are_queued(self) -> None:
+        policy = self.scheduler
+        assert policy.reads == len(self._queued(2)) + len(self.under_way)
+        live = len(self._queued(1))
+        assert live <= policy.writes <= live + sum(job.priority == 1 for job in self.cancelled)
+        assert policy.is_idle == (policy.writes == policy.reads == 0)
+        waiting = {Step.ASYNC: self.under_way, Step.READ: self._queued(2)}
+        if self.due and not waiting[self.due]:
+            self.due = None
+
+    def teardown(self) -> None:
+        while not self.scheduler.is_idle:
+            self.turn(0, None)
+            self.the_scheduler_knows_how_many_are_queued()
+            if self.under_way and not self.queued:
+                self.over.append(self.under_way.pop())
+                self.scheduler.async_ended()
+        assert not self.queued
+        jobs = [(job.owner, job.number) for job in self.over + self.cancelled]
+        assert len(jobs) == len(set(jobs)) == sum(self.last_number.values())
+        assert all(job.state is State.RUNNING for job in self.over)
+
+
+def test_order_and_priority_are_kept_and_no_task_is_lost_or_run_twice(monkeypatch):
+    monkeypatch.setattr(scheduler, "BURST_TASKS", BURST)
+    run_state_machine_as_test(SchedulerMachine, settings=settings(settings(), stateful_step_count=40))
+
+
+# The same in a running flow
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+@pytest.mark.parametrize(("rounds", "reads"), [(3, 100), (300, 3)], ids=["async is short", "async is long"])
+def test_in_a_flow_sync_and_async_reads_take_turns(tmp_path, ahead, rounds, reads):
+    """All are queued before the first runs; whichever kind has less to do ends first."""
+    flow = StrictFlow("turns")
+    go = str(tmp_path / "go")
+
+    @read(flow)
+    def hold() -> None:
+        while not os.path.exists(go):
+            time.sleep(0.001)
+
+    @read(flow)
+    def sync_read() -> float:
+        return time.monotonic()
+
+    @read(flow)
+    async def async_read() -> float:
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        return time.monotonic()
+
+    with flow:
+        futures: list[Any] = [hold()]
+        futures += [sync_read() for _ in range(ahead)]
+        task = async_read()
+        futures += [sync_read() for _ in range(reads)]
+        Path(go).touch()
+        async_end, last_sync_end = task.result(), futures[-1].result()
+    assert (async_end < last_sync_end) == (rounds < reads)

@@ -1,0 +1,78 @@
+"""Shared memory on which a test can look, and act, ahead of each access."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+from strictflow_mp.segment import W_VERSION, Segment
+
+
+def nothing(where: object = None, stored: int = 0) -> None:
+    pass
+
+
+class Watched:
+    """A view that tells of each access before it happens: where it is, and how many bytes it stores (0: a load)."""
+
+    def __init__(self, view: memoryview, on_access: Callable[[Any, int], object]) -> None:
+        self._view = view
+        self._on_access = on_access
+
+    def __getitem__(self, where: Any) -> Any:
+        self._on_access(where, 0)
+        return self._view[where]
+
+    def __setitem__(self, where: Any, value: Any) -> None:
+        self._on_access(where, self._view.itemsize * (len(value) if isinstance(where, slice) else 1))
+        self._view[where] = value
+
+    def __len__(self) -> int:
+        return len(self._view)
+
+    def release(self) -> None:
+        self._view.release()
+
+
+class WatchedSegment(Segment):
+    """A segment of which every access, through itself or through `claimed`, can be interrupted.
+
+    Attributes:
+        looks: how often VERSION was loaded: once for each try of a read.
+        strayed: how often the claimed memory was asked for: once by each reader, then when one has strayed.
+    """
+
+    on_access: Callable[[], object] = staticmethod(nothing)
+    looks = strayed = 0
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.plain = self.words
+        self.words = Watched(self.words, self._access)  # type: ignore[assignment]
+        self.buffer = Watched(self.buffer, self._access)  # type: ignore[assignment]
+
+    def claimed(self) -> Any:
+        self.strayed += 1
+        return tuple(Watched(view, self._access) for view in super().claimed())
+
+    def _access(self, where: Any, stored: int) -> None:
+        self.looks += where == W_VERSION and not stored
+        self.on_access()
+
+    def interrupt(self, moment: int, what: Callable[[], object]) -> None:
+        """Do *what* ahead of the access of that number."""
+        accesses = itertools.count(1)
+
+        def on_access() -> None:
+            if next(accesses) == moment:
+                self.on_access = nothing
+                what()
+
+        self.on_access = on_access
+
+    def has_been_interrupted(self) -> bool:
+        """Whether that has happened; from now on, nothing does."""
+        happened = self.on_access is nothing
+        self.on_access = nothing
+        return happened
