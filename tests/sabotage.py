@@ -80,8 +80,8 @@ def finish_before_publishing() -> None:
     def publish(self):
         ready.append(self)
 
-    def finish(self, counts):
-        finish_well(self, counts)
+    def finish(self, *numbers):
+        finish_well(self, *numbers)
         while ready:
             publish_well(ready.pop())
 

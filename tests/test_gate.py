@@ -20,7 +20,7 @@ import pytest
 
 from strictflow_mp import FlowNotRunning, StrictFlow
 from strictflow_mp import gate as gate_module
-from strictflow_mp.gate import Gate, GateKeeper, semaphore_name
+from strictflow_mp.gate import Gate, GateKeeper, condemn, semaphore_name
 from strictflow_mp.segment import Segment
 
 SLOTS = 8
@@ -605,6 +605,22 @@ def test_a_process_whose_connection_was_cut_leaves_no_flag_up(eventually, tmp_pa
 
 
 # The end of a flow
+
+
+@pytest.mark.parametrize("end", ["stopped by its coordinator", "condemned after its death"])
+def test_a_reader_that_sleeps_learns_that_the_flow_has_ended(house, sound_asleep, eventually, end):
+    house.gate(1).raise_flag(1)
+    reader = house.reader(2)
+    eventually(lambda: house.sleeps(2))
+    if end.startswith("stopped"):
+        house.keeper.stop()
+    else:
+        condemn(house.segment, house.token)
+    assert reader.result() is True
+    assert house.gate(2).is_stopped()
+    assert not house.gate(2).is_open()
+    house.keeper.dismiss(1)
+    assert not house.gate(2).is_open(), "a read would take the fast path"
 
 
 def test_a_stop_ends_the_waits_of_other_processes():

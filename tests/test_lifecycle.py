@@ -73,7 +73,8 @@ def test_run_loop_returns_when_another_process_stops_the_flow(run_python):
     thread = threading.Thread(target=flow.run_loop)
     thread.start()
     assert flow.state["n"] == 0
-    assert run_python("from strictflow_mp import StrictFlow; StrictFlow.attach('seed').stop_loop()").stderr == ""
+    stop = "from strictflow_mp import StrictFlow; StrictFlow.attach('seed').stop_loop()"
+    assert run_python(stop).stderr == ""
     thread.join()
     flow.stop_loop()
 
@@ -105,7 +106,8 @@ def test_stopping_without_draining_refuses_what_is_queued(eventually):
         eventually(lambda: is_inside(stopping, "result"))  # it has asked
     stopping.join()
     assert running.exception() is None
-    assert {(type(error), error.flow) for error in (f.exception() for f in futures)} == {(FlowNotRunning, "refuse")}
+    errors = [future.exception() for future in futures]
+    assert {(type(error), error.flow) for error in errors} == {(FlowNotRunning, "refuse")}
 
 
 def test_a_read_after_the_own_stop_fails_at_once(monkeypatch):

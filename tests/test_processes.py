@@ -1,4 +1,4 @@
-"""Processes: a handle works in whatever process it comes to, and a process that goes takes nothing with it."""
+"""Processes: a handle works in whatever process it comes to; one that goes takes nothing with it."""
 
 from __future__ import annotations
 
@@ -151,8 +151,8 @@ def attached(count):
     """Processes that have attached, or have not found a place; what they said; they end with their input."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     path = os.pathsep.join(filter(None, sys.path))
-    command = [sys.executable, "-c", SLEEPER]
-    processes = [subprocess.Popen(command, env=os.environ | {"PYTHONPATH": path}, **pipes) for _ in range(count)]
+    pipes["env"] = os.environ | {"PYTHONPATH": path}
+    processes = [subprocess.Popen([sys.executable, "-c", SLEEPER], **pipes) for _ in range(count)]
     return processes, [process.stdout.readline().strip() for process in processes]
 
 
@@ -202,6 +202,7 @@ def test_too_many_workers_is_said_in_the_process_that_is_too_many(flow):
 
 
 EARLY = """
+import time
 from strictflow_mp import StrictFlow, client
 
 class Clock:
@@ -218,7 +219,8 @@ print(StrictFlow("late").state["n"])
 
 def test_a_named_handle_attaches_when_its_coordinator_appears():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    early = subprocess.Popen([sys.executable, "-c", EARLY], env=environment, stdout=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    early = subprocess.Popen([sys.executable, "-c", EARLY], env=environment, **pipes)
     assert early.stdout.readline() == "nobody there\n"
     with StrictFlow("late", state={"n": 5}):
         assert early.communicate()[0].splitlines()[-1] == "5"
@@ -237,7 +239,8 @@ log.map(range(500))
 os.kill(os.getpid(), signal.SIGKILL)
 """
     path = os.pathsep.join(filter(None, sys.path))
-    killed = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, check=False)
+    environment = os.environ | {"PYTHONPATH": path}
+    killed = subprocess.run([sys.executable, "-c", script], env=environment, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert flow.state["log"] == list(range(500))
     eventually(lambda: len(flow.stats().workers) == 1)

@@ -24,7 +24,8 @@ def test_a_p2_sees_every_p1_submitted_before_it_and_runs_where_it_is_told(flow):
 
         @read(flow, where=where)
         def plain():
-            return flow.state["number"], os.getpid(), sorted(flow.state), len(flow.state), "gone" in flow.state
+            state = flow.state
+            return state["number"], os.getpid(), sorted(state), len(state), "gone" in state
 
         @read(flow, where=where)
         async def coroutine(extra):

@@ -254,6 +254,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         live = len(self._queued(1))
         assert live <= policy.writes <= live + sum(job.priority == 1 for job in self.cancelled)
         assert policy.is_idle == (policy.writes == policy.reads == 0)
+        assert policy.next_step() is policy.next_step(), "asking changes nothing"
         waiting = {Step.ASYNC: self.under_way, Step.READ: self._queued(2)}
         if self.due and not waiting[self.due]:
             self.due = None

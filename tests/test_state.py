@@ -1,4 +1,4 @@
-"""The state outside of P1 tasks: ready-made changes, peeks, snapshots, read-only values, arrays, statistics."""
+"""The state outside of tasks: ready-made changes, peeks, snapshots, read-only values, arrays, statistics."""
 
 from __future__ import annotations
 

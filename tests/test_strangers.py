@@ -1,4 +1,4 @@
-"""Strangers: a damaged or foreign frame, greeting, key or user costs its own connection, and nobody else anything."""
+"""Strangers: a damaged or foreign frame, greeting, key or user costs nobody else anything."""
 
 from __future__ import annotations
 

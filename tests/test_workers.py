@@ -57,7 +57,8 @@ ENDS = {
 def test_a_worker_ends_with_the_exit_code_of_what_it_did(flow):
     groups = {name: flow.spawn(target) for name, (target, _) in ENDS.items()}
     assert all(group.join() for group in groups.values())
-    assert {name: group.exitcodes for name, group in groups.items()} == {n: [code] for n, (_, code) in ENDS.items()}
+    codes = {name: group.exitcodes for name, group in groups.items()}
+    assert codes == {name: [code] for name, (_, code) in ENDS.items()}
 
 
 def test_an_exception_is_printed_with_its_traceback(flow, capfd):

@@ -81,26 +81,41 @@ class StoreWriter:
         self._begin()
 
     def recover(self) -> None:
-        """Take over a segment whose writer died: whatever the last commit does not reach is free."""
+        """Take over a segment whose writer died: whatever no version that anybody needs reaches is free."""
         words = self._words
         self.version = words[W_VERSION]
-        record = W_RING + self.version % RING * RECORD
-        self._root, self._count = words[record + R_ROOT], words[record + R_COUNT]
-        # Readers of older versions look again; what their pins need cannot be told from what is free.
+        _, self._root, self._count = self._record(self.version)
+        # Readers of older versions without a pin look again.
         words[W_HORIZON] = self.version
         fence()
-        self.arena.rebuild(self._reached())
+        used = dict(self._blocks(self._root))
+        pinned = PinnedVersions(self._segment)
+        for version in range(max(0, self.version - RING + 1), self.version):
+            number, root, _ = self._record(version)
+            if number == version and pinned.needs(version, version + 1):
+                for pointer, block in self._blocks(root):
+                    if pointer not in used:
+                        used[pointer] = block
+                        self._held.append((self.version, pointer))
+        self._held_for = pinned
+        self.arena.rebuild(used.values())
         self._begin()
 
-    def _reached(self) -> Iterable[tuple[int, int]]:
+    def _record(self, version: int) -> tuple[int, int, int]:
+        record = W_RING + version % RING * RECORD
         words = self._words
-        for pointer in walk(words, self._root):
+        return words[record + R_VERSION], words[record + R_ROOT], words[record + R_COUNT]
+
+    def _blocks(self, root: int) -> Iterable[tuple[int, tuple[int, int]]]:
+        """Pointer -> (start, words) of everything below *root*."""
+        words = self._words
+        for pointer in walk(words, root):
             index = pointer >> 1
             if pointer & 1:
                 lengths = words[index + 2]
-                yield index, cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK)
+                yield pointer, (index, cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK))
             else:
-                yield index - 1, NODE
+                yield pointer, (index - 1, NODE)
 
     def _begin(self) -> None:
         self.trie.begin(self.version + 1, self._root, self._count)
@@ -117,19 +132,8 @@ class StoreWriter:
         Raises:
             StateFull: there is no room, even with all that rests; nothing was changed.
         """
+        self._build(changes)
         trie, words = self.trie, self._words
-        try:
-            try:
-                self._build(changes)
-            except StateFull:
-                trie.rollback()
-                self._begin()
-                self._make_room(only_deletes=not any(payload is not None for payload in changes.values()))
-                self._build(changes)
-        except BaseException:
-            trie.rollback()
-            self._begin()
-            raise
         version = self.version + 1
         floor = version - RING + 1
         if floor > words[W_HORIZON]:
@@ -154,6 +158,30 @@ class StoreWriter:
         return version
 
     def _build(self, changes: Mapping[bytes, bytes | None]) -> None:
+        """Build the next version's tree, if need be with what rests, and (only to delete) with the reserve."""
+        means = [self._reclaim_all]
+        if not any(payload is not None for payload in changes.values()):
+            means.append(self.arena.open_reserve)
+        while True:
+            try:
+                self._apply(changes)
+                return
+            except StateFull:
+                self._undo()
+                while means and not means[0]():
+                    del means[0]
+                if not means:
+                    raise
+                del means[0]
+            except BaseException:
+                self._undo()
+                raise
+
+    def _undo(self) -> None:
+        self.trie.rollback()
+        self._begin()
+
+    def _apply(self, changes: Mapping[bytes, bytes | None]) -> None:
         trie, hashing = self.trie, self.hash
         for key, payload in changes.items():
             digest = hashing(key)
@@ -161,11 +189,6 @@ class StoreWriter:
                 trie.delete(key, digest)
             else:
                 trie.put(key, digest, trie.new_cell(key, digest, payload))
-
-    def _make_room(self, *, only_deletes: bool) -> None:
-        freed = self._reclaim(self.version)
-        if not freed and not (only_deletes and self.arena.open_reserve()):
-            raise StateFull("no room for the trie's nodes; delete keys", flow=self._flow)
 
     # Rest and reuse
 
@@ -189,6 +212,9 @@ class StoreWriter:
                     self._reclaim(min(replaced_at, version - 1))
                     break
             self.arena.refill_reserve()
+
+    def _reclaim_all(self) -> bool:
+        return self._reclaim(self.version)
 
     def _reclaim(self, horizon: int) -> bool:
         """Free what was replaced up to version *horizon* and no pin needs; False if there was nothing."""

@@ -42,11 +42,18 @@ class Pins:
 
     def acquire(self, version: int) -> bool:
         """Pin *version*; False when it may be gone already (take a newer one)."""
-        return self._acquire(version, exact=False)
+        return self._acquire_and_settle(version, exact=False)
 
     def acquire_exact(self, version: int) -> bool:
         """As `acquire`, but False also when only the floor is left."""
-        return self._acquire(version, exact=True)
+        return self._acquire_and_settle(version, exact=True)
+
+    def _acquire_and_settle(self, version: int, *, exact: bool) -> bool:
+        try:
+            return self._acquire(version, exact=exact)
+        finally:
+            if self._released:
+                self._settle()
 
     def _acquire(self, version: int, *, exact: bool) -> bool:
         with self._lock:
@@ -74,6 +81,9 @@ class Pins:
     def release(self, version: int) -> None:
         """Let go of *version* once."""
         self._released.append(version)
+        self._settle()
+
+    def _settle(self) -> None:
         # The lock is taken when a finalizer interrupts one of us: then the next of us does it.
         while self._released and self.pid == os.getpid() and self._lock.acquire(blocking=False):
             try:
