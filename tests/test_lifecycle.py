@@ -31,6 +31,9 @@ def script(code, *args):
     )
     try:
         yield process
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)  # also what it has started, which holds its standard output open
+        raise
     finally:
         if process.poll() is None:
             process.kill()
@@ -153,7 +156,8 @@ def test_sigterm_makes_the_coordinator_finish_what_is_queued_and_leave(eventuall
 
 
 WORKERS_AT_WORK = """
-    import sys, threading, time
+    import signal, sys, threading, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background would ignore it
     from strictflow_mp import StrictFlow, read, write
     flow = StrictFlow("interrupted", state={"n": 0})
 

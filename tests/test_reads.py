@@ -119,11 +119,13 @@ def test_a_p1_pauses_async_p2_tasks_even_while_it_awaits(flow, tmp_path, eventua
         return before, ticks.stat().st_size
 
     ticking = tick()
-    eventually(ticks.exists)
-    before, after = pause().result()
-    assert before == after
-    eventually(lambda: ticks.stat().st_size > after)
-    flow.state["number"] = "end"
+    try:
+        eventually(ticks.exists)
+        before, after = pause().result()
+        assert before == after
+        eventually(lambda: ticks.stat().st_size > after)
+    finally:
+        flow.state["number"] = "end"
     ticking.result()
 
 
