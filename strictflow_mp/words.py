@@ -6,16 +6,15 @@ Order: a word is read and written whole, through ``memoryview.cast("Q")``: CPyth
     8-byte copy, which compilers turn into one aligned move, so no reader sees half of one. Between
     words, program order holds for load-load, store-store and load-store on x86-64 (TSO), where only
     a store followed by a load of another word may be seen in the other order; `fence()` forbids that.
-    On weaker machines (ARM64) any pair may be swapped: there every protocol of these places calls
+    On weaker machines (ARM64) any pair may be swapped: there each of these places calls
     `publish_fence()` or `read_fence()`, which are nothing on x86-64 and a fence elsewhere.
 If we die here: a word holds its old or its new value, never a mixture.
 """
 
 from __future__ import annotations
 
-import os
 import platform
-import threading
+from _thread import allocate_lock
 from collections.abc import Callable
 
 __all__ = ["WORD", "fence", "publish_fence", "read_fence", "words_of"]
@@ -26,30 +25,20 @@ WORD = 8
 TOTAL_STORE_ORDER = platform.machine().lower() in {"x86_64", "amd64"}
 """Whether the machine keeps load-load and store-store order (x86-64)."""
 
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    # Another thread of the parent may have been inside fence() when the process forked.
-    global _lock
-    _lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
+# Each call takes a lock of its own: none can be found taken, be it by a fork or by a signal handler that raised.
 
 
 def _tso_fence() -> None:
-    with _lock:
-        pass
+    allocate_lock().acquire(False)
 
 
 def _weak_fence() -> None:
     # A store may sink into a locked section and a load may rise into it, so one section alone is no
     # full barrier. Release (end of the first) before acquire (start of the second) is.
-    with _lock:
-        pass
-    with _lock:
-        pass
+    lock = allocate_lock()
+    lock.acquire(False)
+    lock.release()
+    allocate_lock().acquire(False)
 
 
 def _no_fence() -> None:

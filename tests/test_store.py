@@ -325,8 +325,9 @@ NEIGHBOURS = KEYS[1:6]
 class History:
     """A writer whose every version is remembered for one key."""
 
-    def __init__(self, store: Store, seed: int) -> None:
+    def __init__(self, store: Store, seed: int, deletes: float = 0.2) -> None:
         self._store = store
+        self._deletes = deletes
         self._random = random.Random(seed)
         self.seen: dict[int, bytes | None] = {}
         self.advance(30)
@@ -338,7 +339,11 @@ class History:
                 key: self._payload() for key in draw.sample(NEIGHBOURS, 2) if draw.random() < 0.5
             }
             former = self.seen.get(writer.version)
-            present = former if draw.random() < 0.3 else None if draw.random() < 0.2 else self._payload()
+            present = self._payload()
+            if draw.random() < self._deletes:
+                present = None
+            elif former and draw.random() < 0.3:
+                present = former
             if present != former:
                 changes[KEYS[0]] = present
             self.seen[writer.publish(changes)] = present
@@ -379,7 +384,7 @@ def test_whatever_is_committed_between_two_loads_a_read_returns_a_value_of_its_t
 @pytest.mark.usefixtures("reuse_at_once", "hashing")
 def test_a_read_that_is_overtaken_at_every_load_still_ends(new_store):
     store = new_store()
-    history = History(store, seed=0)
+    history = History(store, seed=0, deletes=0)
     segment, reader = store.slow_reader()
     segment.on_access = lambda: history.advance(1)
     for _ in range(5):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_task_that_runs_too_long_is_stopped_and_rolled_back():
                 flow.state["number"] = 8
                 await body()
 
-            writes = async_write if asyncio.iscoroutinefunction(body) else sync_write
+            writes = async_write if inspect.iscoroutinefunction(body) else sync_write
             for task in (write(flow, timeout=0.1)(writes), read(flow, timeout=0.1)(body)):
                 with pytest.raises(TaskTimeout, match="longer than its timeout") as caught:
                     task().result(timeout=30)  # who is stopped only once takes longer
