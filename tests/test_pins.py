@@ -321,7 +321,7 @@ def test_a_finalizer_may_let_go_of_a_version_at_any_opcode_of_a_pin(segment, wri
         assert is_whole(reader, version), f"opcode {moment}"
         reader.unpin(version)
         assert pin_words(segment, 1) == before, f"opcode {moment}"
-        if not happened:
+        if not happened and moment > 1:  # Python 3.12 shows no opcodes of a function's first traced call
             break
     assert moment > 20
 
@@ -344,7 +344,7 @@ def test_a_finalizer_may_let_go_of_a_version_at_any_opcode_of_another_s_release(
         assert is_whole(reader, kept), f"opcode {moment}"
         reader.unpin(kept)
         assert pin_words(segment, 1) == before, f"opcode {moment}"
-        if not happened:
+        if not happened and moment > 1:  # Python 3.12 shows no opcodes of a function's first traced call
             break
     assert moment > 20
 
