@@ -46,7 +46,7 @@ class StrictFlow:
         max_workers: processes that may be attached at a time.
         max_pending: tasks that a process may have outstanding; then its next submit waits.
         task_timeout: seconds that a task may run, unless it says otherwise. None: for ever.
-        restart: whether a coordinator that died is started again.
+        restart: whether a coordinator that died is started again. Not built yet: it is not, whatever this says.
         cache_bytes: bytes of decoded values that each process keeps.
     """
 
