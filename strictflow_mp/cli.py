@@ -58,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = command("serve", _serve, "Run a flow that no application owns. Says when it is ready; SIGTERM ends it.")
     serve.add_argument("name")
     serve.add_argument("--state", type=Path, metavar="FILE", help="first state: a JSON object")
+    serve.add_argument("--discard", action="store_true", help="do not go on from the state that a dead flow left")
     serve.add_argument("--log", default="INFO", metavar="LEVEL", help="log level (default: INFO)")
     command("clean", _clean, "Remove what dead flows left behind. Never touches a live one.")
     return parser
@@ -126,7 +127,7 @@ def _serve(chosen: argparse.Namespace) -> int:
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ended.set())
-    flow.start_loop()
+    flow.start_loop(recover=not chosen.discard)
     print(f"flow {chosen.name!r} is ready", flush=True)
     while not ended.wait(0.2):
         if not flow.is_running:

@@ -2,24 +2,32 @@
 
 It attaches at first use. Submitting happens under one lock: the frames go into the pipe, then the flag is
 raised, then submit returns. Answers are read by whoever waits for one; one thread at a time.
+
+When the coordinator has died, whoever notices (a submit, a wait for an answer or at the gate) waits for the next
+one, comes back to the same slot, and sends again every frame that has no answer. The coordinator knows from its
+receipts which of them have taken effect. If none comes, the receipts tell us instead.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import select
-import sys
+import struct
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import posix_ipc
 
-from . import errors, functions, wire
+from . import functions, wire
+from .connection import reach, try_to_reach
 from .core import logger
 from .errors import (
+    FAULTS,
     CoordinatorLost,
     FlowNotRunning,
     GateTimeout,
@@ -30,20 +38,26 @@ from .errors import (
 from .failures import unpack_failure
 from .future import TaskFuture
 from .gate import Gate
+from .processes import Identity
 from .rendezvous import Place
-from .segment import Segment
+from .segment import PREFIX, W_RESTARTS, Segment
 from .state import FlowState
-from .store import Pins, StoreReader
+from .store import Pins, StoreReader, read_receipts
+from .turn import Turn
 from .values import pack, unpack
-from .wire import Frame, Stream
+from .wire import Frame, Stream, unpack_frame
 
 __all__ = ["Client", "client_of"]
 
 ATTACH = 5.0
 """Seconds that a first use waits for a coordinator to appear."""
-BUSY = 60.0
-"""Seconds that the handshake may take: SF-LOOP has no time for it while a P1 runs."""
-RETRY = 0.01
+RESTART = 10.0
+"""Seconds that the next coordinator may take to appear when one has died, and its owner lives."""
+EXPELLED = 0.5
+"""Seconds after which a coordinator that closed the connection, and lives, is taken to have meant it."""
+RETRY = 0.005
+LONG = 1 << 16
+"""Bytes of an answer that is acknowledged at once, so that the coordinator need not keep it."""
 SLICE = 0.05
 """Seconds after which a thread that waits for another thread's reading looks for itself."""
 
@@ -56,7 +70,7 @@ class Attachment:
         self.port = _Port(client, self)
         self.stream = stream
         self.slot: int = welcome["slot"]
-        self.coordinator: int = welcome["pid"]
+        self.tenant: int = welcome["tenant"]
         self.max_pending: int = welcome["max_pending"]
         self.gate_timeout: float = welcome["gate_timeout"]
         self.segment = Segment.open(welcome["segment"])
@@ -65,12 +79,41 @@ class Attachment:
         self.reader = StoreReader(self.segment, self.pins)
         self.pending: dict[int, TaskFuture[Any]] = {}
         self.functions: dict[Any, int] = {}
+        self.function_frames: list[bytes] = []
+        self.unread: deque[int] = deque()  # seqs of P1 tasks, from the oldest that has no answer
+        self.acked = 0  # every P1 task up to this seq has its answer
         self.last = 0
         self.writes = self.gate.last
-        self.reading = threading.Lock()
-        self.reading_thread = 0
+        self.reading = Turn(Client.wait.__code__, Client._serve.__code__)
+        self.is_settling = False  # the reading thread runs callbacks
         self.server: threading.Thread | None = None
         self.is_lost = False
+        self.dead_since: float | None = None
+        self.is_served_by(welcome)
+
+    def is_served_by(self, welcome: dict[str, Any]) -> None:
+        """A coordinator has taken us, or taken us back."""
+        self.coordinator: int = welcome["pid"]
+        owner = welcome["owner"]
+        self.owner = Identity(*owner) if owner is not None else None  # who would restart it
+        self.restarts: int = welcome["restarts"]  # by its own word: yet another one may have taken over since
+        self.dead_since = None
+
+    @property
+    def first_unfinished(self) -> int:
+        """The number of our first P1 that has no answer; 0 if there is none."""
+        for seq in list(self.unread):
+            future = self.pending.get(seq)
+            packed = future.frame if future is not None else b""
+            if packed:
+                frame = unpack_frame(packed)
+                return int(frame[4] if frame[0] == wire.CALL else frame[3])
+        return 0
+
+    @property
+    def is_outdated(self) -> bool:
+        """Whether another coordinator serves by now, and waits for what we have no answer to."""
+        return bool(self.segment.words[W_RESTARTS] != self.restarts and self.pending)
 
     def __repr__(self) -> str:
         return f"<Attachment to {self.flow!r} in slot {self.slot}, {len(self.pending)} answers due>"
@@ -107,50 +150,18 @@ class Client:
             if attachment is not None and not attachment.is_lost:
                 return attachment
             try:
-                attachment = self._connect(0.0 if self.is_stopped else timeout)
+                stream, welcome = reach(self.name, 0.0 if self.is_stopped else timeout)
+                try:
+                    attachment = Attachment(self, stream, welcome)
+                except (OSError, KeyError, posix_ipc.Error) as error:
+                    stream.close()
+                    raise FlowNotRunning(f"it ended while this process attached ({error!r})") from error
             except StrictFlowError as error:
                 raise error.of(self.name) from error.__cause__
             self.is_stopped = False
             self._attachment = attachment
             self.state.bind(attachment.segment, attachment.gate)
             return attachment
-
-    def _connect(self, timeout: float) -> Attachment:
-        from . import handshake  # multiprocessing.connection takes 8 ms to import
-
-        place = Place.of(self.name)
-        deadline = time.monotonic() + timeout
-        while True:
-            try:
-                place.check()
-                sock = handshake.connect(place.socket, place.authkey(), BUSY)
-                break
-            except (FileNotFoundError, ConnectionError, BlockingIOError, TimeoutError):
-                if time.monotonic() >= deadline:
-                    raise FlowNotRunning(
-                        f"no coordinator serves it (waited {timeout:g} s); start it with `with flow:` or "
-                        f"`strictflow-mp serve {self.name}`, or check the name",
-                        flow=self.name,
-                    ) from None
-            time.sleep(RETRY)
-        try:
-            greeting = {
-                "protocol": wire.PROTOCOL,
-                "pid": os.getpid(),
-                "python": sys.version_info[:2],
-                "path": [path for path in sys.path if path],
-            }
-            welcome = handshake.greet(sock, greeting)
-            if "refused" in welcome:
-                kind = getattr(errors, str(welcome["refused"]), ProtocolError)
-                raise kind(str(welcome.get("text")), flow=self.name)
-            return Attachment(self, Stream(sock), welcome)
-        except (OSError, EOFError, KeyError) as error:
-            sock.close()
-            raise FlowNotRunning(f"the coordinator hung up during the handshake ({error!r})", flow=self.name) from error
-        except BaseException:
-            sock.close()
-            raise
 
     def close(self) -> None:
         """Detach. Futures that are still due are lost; a later use attaches again."""
@@ -191,41 +202,72 @@ class Client:
             GateTimeout: that took longer than *timeout* seconds (default: the flow's own).
             FlowNotRunning, CoordinatorLost: the flow was stopped, or its coordinator died.
         """
-        attachment = self.attach()
-        gate = attachment.gate
-        if gate.is_open():
-            return attachment.reader
-        if gate.is_stopped():
-            return self._reattach(attachment).reader
-        seconds = attachment.gate_timeout if timeout is None else timeout
-        if not gate.wait(time.monotonic() + seconds, lambda: self._check(attachment)):
-            raise GateTimeout(
-                f"a read waited longer than {seconds:g} s for the P1 tasks before it; see flow.stats(), or give "
-                "tasks a timeout=",
-                flow=self.name,
-            )
-        if gate.is_stopped():
-            return self._reattach(attachment).reader
-        return attachment.reader
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            attachment = self.attach()
+            gate = attachment.gate
+            if gate.is_open():
+                pass
+            elif gate.is_stopped():
+                return self._reattach(attachment).reader
+            else:
+                if deadline is None:
+                    deadline = time.monotonic() + attachment.gate_timeout
+                self._wait_at_gate(attachment, deadline, timeout)
+            # Behind the gate, not ahead of it: when our flag has been lifted, RESTARTS has moved before.
+            if not attachment.is_outdated:
+                if gate.is_stopped():
+                    return self._reattach(attachment).reader
+                return attachment.reader
+            self._come_back(attachment, attachment.stream, deadline)
+            if deadline is not None and time.monotonic() >= deadline:
+                raise self._late(timeout)
+
+    def _wait_at_gate(self, attachment: Attachment, deadline: float, timeout: float | None) -> None:
+        if not attachment.gate.wait(deadline, lambda: self._check(attachment, deadline)):
+            raise self._late(attachment.gate_timeout if timeout is None else timeout)
+
+    def _late(self, seconds: float | None) -> GateTimeout:
+        return GateTimeout(
+            f"a read waited longer than {seconds or 0:g} s for the P1 tasks before it; see flow.stats(), or give "
+            "tasks a timeout=",
+            flow=self.name,
+        )
 
     def _reattach(self, attachment: Attachment) -> Attachment:
-        self._lose(attachment, self._stopped)
+        condemned = attachment.gate.is_condemned()
+        self._lose(attachment)
         self.is_stopped = True
         try:
             return self.attach()
         except FlowNotRunning:
+            if condemned:
+                raise self._gone(attachment) from None
             raise FlowNotRunning("it has been stopped", flow=self.name) from None
 
-    def _check(self, attachment: Attachment) -> None:
+    def _check(self, attachment: Attachment, deadline: float) -> None:
         """Is there still somebody to wait for?"""
         # In this order: a coordinator that stops says so before it leaves.
-        if Place.of(self.name).is_inhabited() or attachment.gate.is_stopped():
+        if attachment.is_outdated:
+            self._come_back(attachment, attachment.stream, deadline)
+        elif Place.of(self.name).is_inhabited() or attachment.gate.is_stopped():
+            attachment.dead_since = None
             return
-        self._lose(attachment, self._lost)
-        raise CoordinatorLost(
-            f"the coordinator (pid {attachment.coordinator}) died while a read waited; the last commit stands",
+        elif not attachment.is_lost and not self._may_return(attachment):
+            self._lose(attachment)
+        if attachment.is_lost and not attachment.gate.is_stopped():
+            raise self._gone(attachment)
+
+    def _gone(self, attachment: Attachment) -> CoordinatorLost:
+        return CoordinatorLost(
+            f"the coordinator (pid {attachment.coordinator}) died, and no other has come; the last commit stands, and "
+            "the next start under this name goes on from it",
             flow=self.name,
         )
+
+    @staticmethod
+    def _deadline(timeout: float | None) -> float | None:
+        return None if timeout is None else time.monotonic() + timeout
 
     # Submitting
 
@@ -236,24 +278,29 @@ class Client:
         position = 0
         while position < len(packed):
             attachment = self.attach()
-            room = self._wait_for_room(attachment)
+            self._wait_for_room(attachment)
             with self._submitting:
-                if attachment.is_lost:
+                room = attachment.max_pending - len(attachment.pending)
+                if attachment.is_lost or room <= 0:
                     continue
                 frames = []
                 function = attachment.functions.get(task)
                 if function is None:
-                    function = len(attachment.functions)
+                    function = len(attachment.function_frames)
                     frames.append(self._function_frame(task, function))
+                    attachment.function_frames += frames
                     attachment.functions[task] = function
                 batch = packed[position : position + room]
                 flag = 0
                 for arguments in batch:
-                    future = self._new_future(attachment, task.name)
-                    futures.append(future)
+                    number = attachment.last = attachment.last + 1
                     if task.priority == 1:
                         flag = attachment.writes = attachment.writes + 1
-                    frames.append(wire.pack_frame(wire.CALL, future.number, function, arguments, flag))
+                    frame = wire.pack_frame(wire.CALL, number, function, arguments, flag, attachment.acked)
+                    futures.append(self._new_future(attachment, number, task.name, frame))
+                    if task.priority == 1:
+                        attachment.unread.append(number)  # pending by now, or it would be taken as answered
+                    frames.append(frame)
                 data = b"".join(frames)
                 if task.priority == 1:
                     self._submit(attachment, data)
@@ -268,11 +315,14 @@ class Client:
             attachment = self.attach()
             self._wait_for_room(attachment)
             with self._submitting:
-                if attachment.is_lost:
+                if attachment.is_lost or len(attachment.pending) >= attachment.max_pending:
                     continue
-                future = self._new_future(attachment, "put")
+                number = attachment.last = attachment.last + 1
                 flag = attachment.writes = attachment.writes + 1
-                self._submit(attachment, wire.pack_frame(wire.PUT, future.number, list(changes.items()), flag))
+                frame = wire.pack_frame(wire.PUT, number, list(changes.items()), flag, attachment.acked)
+                future = self._new_future(attachment, number, "put", frame)
+                attachment.unread.append(number)
+                self._submit(attachment, frame)
                 return future
 
     def write(self, changes: dict[bytes, bytes | None]) -> None:
@@ -283,20 +333,26 @@ class Client:
         """Send a question and wait for the answer."""
         attachment = self.attach(attach)
         with self._submitting:
-            future = self._new_future(attachment, "question")
-            self._send(attachment, wire.pack_frame(kind, future.number, *fields))
+            future = self._question(attachment, kind, *fields)
         return future.result(timeout)
 
-    def _new_future(self, attachment: Attachment, label: str) -> TaskFuture[Any]:
-        attachment.last = number = attachment.last + 1
+    def _question(self, attachment: Attachment, kind: int, *fields: Any) -> TaskFuture[Any]:
+        number = attachment.last = attachment.last + 1
+        frame = wire.pack_frame(kind, number, *fields)
+        future = self._new_future(attachment, number, "question", frame)
+        self._send(attachment, frame)
+        return future
+
+    def _new_future(self, attachment: Attachment, number: int, label: str, frame: bytes) -> TaskFuture[Any]:
         future: TaskFuture[Any] = TaskFuture(attachment.port, number, label)
+        future.frame = frame  # to be sent again if the coordinator dies before it answers
         attachment.pending[number] = future
         return future
 
     def _function_frame(self, task: Any, number: int) -> bytes:
         try:
             by_value, code = functions.encode(task)
-        except Exception as error:
+        except (*FAULTS, pickle.PicklingError) as error:
             raise SerializationError(
                 f"the function of {task.name}() cannot travel to the coordinator: {error}; do not let it use "
                 "locks, sockets or open files of this process",
@@ -330,54 +386,57 @@ class Client:
         """Send frames, then raise the flag for the P1 tasks in them. The caller holds `_submitting`."""
         self._send(attachment, data)
         # If a signal handler raised before this, the frame of the next P1 says how far to count.
-        if not attachment.stream.has_ended:
+        if not attachment.is_lost:
             attachment.gate.raise_flag(attachment.writes)
 
     def _send(self, attachment: Attachment, data: bytes) -> None:
+        """Send frames that are pending already; if the coordinator has died, the next one gets them with the rest."""
         stream = attachment.stream
-        if stream.send(data):
-            return
+        if not stream.send(data):
+            self._flush(stream)
+        if stream.has_ended:
+            self._come_back(attachment, stream, None)
+
+    def _flush(self, stream: Stream) -> None:
         poll = select.poll()
         poll.register(stream.fileno(), select.POLLOUT)
         while not stream.flush():
             if not poll.poll(1000) and not Place.of(self.name).is_inhabited():
-                self._lose(attachment, self._lost)
+                stream.has_ended = True
                 return
 
-    def _wait_for_room(self, attachment: Attachment) -> int:
-        """Backpressure: wait until fewer than `max_pending` answers are due; return how many more may be."""
+    def _wait_for_room(self, attachment: Attachment) -> None:
+        """Backpressure: wait until fewer than `max_pending` answers are due."""
         while len(attachment.pending) >= attachment.max_pending and not attachment.is_lost:
             try:
                 oldest = next(iter(attachment.pending.values()))
             except (StopIteration, RuntimeError):
                 continue
             self.wait(attachment, oldest, None)
-        return attachment.max_pending - len(attachment.pending)
 
     # Answers
 
     def wait(self, attachment: Attachment, future: TaskFuture[Any], timeout: float | None) -> None:
         """Read answers until the future is done."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        me = threading.get_ident()
+        reading = attachment.reading
+        nested = reading.is_mine() and attachment.is_settling  # a callback that waits, inside _read
         while not future.done_now():
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if attachment.is_lost:
-                self._settle(attachment, self._lost)
+                self._settle(attachment)
                 return
-            if attachment.reading_thread == me:
-                self._read(attachment, left)  # a callback that waits, inside _read
-            elif attachment.reading.acquire(blocking=False):
-                attachment.reading_thread = me
+            if nested or (attachment.server is None and reading.take()):
                 try:
                     if not future.done_now():
                         self._read(attachment, left)
                 finally:
-                    attachment.reading_thread = 0
-                    attachment.reading.release()
-                    self._pass_on(attachment)
+                    if not nested:
+                        reading.leave()
+                        self._pass_on(attachment)
             else:
                 future.wait_here(SLICE if left is None else min(SLICE, left))
+                reading.revoke()
             if left == 0:
                 return
 
@@ -391,28 +450,39 @@ class Client:
     def _read(self, attachment: Attachment, timeout: float | None) -> None:
         """Wait for answers and settle their futures."""
         stream = attachment.stream
+        is_open = True
         try:
             poll = select.poll()
             poll.register(stream.fileno(), select.POLLIN)
-            if not poll.poll(1000 if timeout is None else min(1000, timeout * 1000)):
-                if timeout is None and not Place.of(self.name).is_inhabited():
-                    self._lose(attachment, self._lost)
-                return
-            frames = stream.receive()
+            if stream.unpack():
+                pass  # a signal handler raised before these were settled
+            elif not poll.poll(1000 if timeout is None else min(1000, timeout * 1000)):
+                if timeout is not None or Place.of(self.name).is_inhabited():
+                    return
+                is_open = False
+            else:
+                is_open = stream.fill()
         except (ValueError, OSError):
-            if attachment.is_lost:
-                return  # closed by another thread
+            if attachment.is_lost or attachment.stream is not stream:
+                return  # another thread has closed it, or come back with a new one
             raise
-        if frames is None:
-            stopped = attachment.gate.is_stopped()
-            self._lose(attachment, self._stopped if stopped else self._lost)
-            return
-        for frame in frames:
-            self._settle_one(attachment, frame)
+        inbox = stream.inbox
+        while inbox:
+            # A signal handler may raise anywhere: settling twice does no harm.
+            frame = inbox[0]
+            attachment.is_settling = True
+            try:
+                self._settle_one(attachment, frame)
+            finally:
+                attachment.is_settling = False
+            if inbox and inbox[0] is frame:  # else a callback has waited, and read on
+                inbox.popleft()
+        if not is_open:
+            self._come_back(attachment, stream, self._deadline(timeout))
 
     def _settle_one(self, attachment: Attachment, frame: Frame) -> None:
         kind, number = frame[0], frame[1]
-        future = attachment.pending.pop(number, None)
+        future = attachment.pending.get(number)
         if future is None:
             return
         if kind == wire.RESULT:
@@ -426,6 +496,15 @@ class Client:
             future.settle(error=unpack_failure(frame[2], frame[3], flow=self.name))
         elif kind == wire.CANCELLED:
             future.settle_cancelled()
+        attachment.pending.pop(number, None)
+        future.frame = b""
+        unread = attachment.unread
+        while unread and unread[0] not in attachment.pending:
+            attachment.acked = unread.popleft()
+        if kind == wire.RESULT and len(frame[2]) > LONG and attachment.acked >= number:
+            with self._submitting:
+                if not attachment.is_lost:
+                    attachment.stream.send(wire.pack_frame(wire.ACK, attachment.acked))
 
     def serve(self, attachment: Attachment) -> None:
         """Read answers in the background from now on."""
@@ -439,33 +518,92 @@ class Client:
 
     def _serve(self, attachment: Attachment) -> None:
         while not attachment.is_lost:
-            with attachment.reading:
-                attachment.reading_thread = threading.get_ident()
-                try:
-                    self._read(attachment, None)
-                except ProtocolError as error:
-                    logger.error("flow %r: %s", self.name, error)
-                    self._lose(attachment, self._lost)
-                finally:
-                    attachment.reading_thread = 0
+            if not attachment.reading.take():
+                time.sleep(RETRY)  # who reads now sees soon that there is no need any more
+                attachment.reading.revoke()
+                continue
+            try:
+                self._read(attachment, None)
+            except ProtocolError as error:
+                logger.error("flow %r: %s", self.name, error)
+                self._lose(attachment)
+        attachment.reading.leave()
 
     def cancel(self, attachment: Attachment, future: TaskFuture[Any], *, wait: bool) -> bool:
         """Ask SF-LOOP to take a task back."""
         with self._submitting:
             if attachment.is_lost:
                 return False
-            question = self._new_future(attachment, "cancel")
-            self._send(attachment, wire.pack_frame(wire.CANCEL, question.number, future.number))
+            question = self._question(attachment, wire.CANCEL, future.number)
         if not wait:
             return False
         taken_back = bool(question.result())
         if taken_back:
             future.settle_cancelled()
-        return taken_back
+        return taken_back or future.cancelled()
 
-    # Losing the coordinator
+    # When the coordinator has died
 
-    def _lose(self, attachment: Attachment, reason: Callable[[TaskFuture[Any]], Exception]) -> None:
+    def _may_return(self, attachment: Attachment) -> bool:
+        """Nobody serves: may there be another coordinator soon?"""
+        if attachment.gate.is_stopped():
+            return False
+        now = time.monotonic()
+        if attachment.dead_since is None:
+            attachment.dead_since = now
+        if Place.of(self.name).is_inhabited():
+            resident = Place.of(self.name).resident()
+            if resident is not None and PREFIX + resident.token != attachment.segment.name:
+                return False  # it serves another flow of this name
+            if resident is not None and resident.pid == attachment.coordinator and not resident.identity.is_dead():
+                return now - attachment.dead_since < EXPELLED
+        elif attachment.owner is None or attachment.owner.is_dead():
+            return False
+        return now - attachment.dead_since < RESTART
+
+    def _come_back(self, attachment: Attachment, stream: Stream, deadline: float | None) -> None:
+        """The connection has ended: wait for the next coordinator and go on with it, or lose the flow.
+
+        Returns also when the deadline has passed; then the next call goes on waiting.
+        """
+        with self._submitting:
+            while attachment.stream is stream and not attachment.is_lost:
+                if not self._may_return(attachment):
+                    self._lose(attachment)
+                elif attachment.segment.words[W_RESTARTS] != attachment.restarts and self._rejoin(attachment):
+                    stream.close()
+                elif deadline is not None and time.monotonic() >= deadline:
+                    return
+                else:
+                    time.sleep(RETRY)
+
+    def _rejoin(self, attachment: Attachment) -> bool:
+        """Connect to the next coordinator, and send it all that has no answer; whether that has worked."""
+        try:
+            resume = (attachment.slot, attachment.tenant, attachment.first_unfinished)
+            reached = try_to_reach(self.name, resume, RESTART)
+        except StrictFlowError as error:
+            logger.error("flow %r: the next coordinator does not take us: %s", self.name, error)
+            self._lose(attachment)
+            return False
+        if reached is None:
+            return False
+        stream, welcome = reached
+        try:
+            again = [future.frame for future in list(attachment.pending.values()) if not future.done_now()]
+            # The last frame counts what nobody sends again: tasks that were taken back.
+            count = wire.pack_frame(wire.COUNT, attachment.writes)
+            if not stream.send(b"".join([*attachment.function_frames, *again, count])):
+                self._flush(stream)
+        except BaseException:
+            stream.close()
+            raise
+        attachment.stream = stream
+        attachment.is_served_by(welcome)
+        logger.info("flow %r: came back to pid %d with %d tasks", self.name, attachment.coordinator, len(again))
+        return True
+
+    def _lose(self, attachment: Attachment, reason: Callable[[TaskFuture[Any]], Exception] | None = None) -> None:
         attachment.is_lost = True
         if self._attachment is attachment:
             self.state.unbind()
@@ -473,18 +611,55 @@ class Client:
         attachment.stream.close()
         attachment.gate.release()
 
-    def _settle(self, attachment: Attachment, reason: Callable[[TaskFuture[Any]], Exception]) -> None:
+    def _settle(self, attachment: Attachment, reason: Callable[[TaskFuture[Any]], Exception] | None = None) -> None:
+        if reason is None and attachment.pending:
+            stopped = attachment.gate.is_stopped() and not attachment.gate.is_condemned()
+            reason = self._stopped if stopped else self._lost
+            if not stopped and not Place.of(self.name).is_inhabited():
+                self._settle_from_receipts(attachment)
+                reason = self._not_executed
         while attachment.pending:
             try:
                 _, future = attachment.pending.popitem()
             except KeyError:
                 return
+            assert reason is not None
             future.settle(error=reason(future))
+
+    def _settle_from_receipts(self, attachment: Attachment) -> None:
+        """Nobody commits any more, so the last commit's receipts say what became of our tasks."""
+        try:
+            receipts = read_receipts(attachment.segment)
+        except (IndexError, struct.error):
+            return
+        for tenant, _, number, answer in receipts:
+            future = attachment.pending.get(number)
+            if tenant != attachment.tenant or future is None:
+                continue
+            if answer:
+                self._settle_one(attachment, unpack_frame(answer))
+            else:
+                attachment.pending.pop(number, None)
+                future.settle(error=self._executed(future))
+
+    def _executed(self, future: TaskFuture[Any]) -> Exception:
+        return CoordinatorLost(
+            f"{future.label}() was executed and committed, but its result is lost: the coordinator died, and no other "
+            "has come",
+            flow=self.name,
+        )
+
+    def _not_executed(self, future: TaskFuture[Any]) -> Exception:
+        return CoordinatorLost(
+            f"{future.label}() was not executed: the coordinator died before it committed it, and no other has come; "
+            "what it did outside the state may have happened",
+            flow=self.name,
+        )
 
     def _lost(self, future: TaskFuture[Any]) -> Exception:
         return CoordinatorLost(
-            f"the coordinator died before it answered {future.label}(); whether that ran is unknown: look at the "
-            "state before you submit it again",
+            f"the coordinator closed the connection before it answered {future.label}(); whether that ran is unknown: "
+            "look at the state before you submit it again",
             flow=self.name,
         )
 

@@ -2,36 +2,56 @@
 
 Owns: the place's lock, key and socket, the segment, the semaphores. It makes them at the start and removes
     them at the end; what a killed one leaves behind is removed by the next start, or by ``strictflow-mp clean``.
-Order of a start: take the lock, remove what a dead predecessor left, make the segment, commit the first
-    state as version 1, write down who lives here, listen, say "ready".
-If we die here: see `leftovers`.
+Order of a start: take the lock, write down who lives here, make the segment, commit the first state as version 1,
+    listen, say "ready". When a dead coordinator has left a segment, that is taken over instead (`takeover`).
+If we die here: the lock is free, and its file names all that we made. The owner starts another coordinator; if it is
+    gone too, the next start under this name takes over, or removes what is left (`leftovers`).
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import signal
+import sys
 import time
 from multiprocessing import current_process
 from typing import Any
 
 from . import handshake, leftovers, place
 from .core import logger, setup_logging
-from .errors import StrictFlowError
+from .errors import FlowNotRunning, ProtocolError, StrictFlowError
 from .gate import GateKeeper
 from .processes import Identity, let_interrupts_in
 from .rendezvous import Lease, Resident
-from .segment import R_COUNT, RECORD, RING, W_RING, W_VERSION, Segment
+from .segment import (
+    PREFIX,
+    R_COUNT,
+    RECORD,
+    RING,
+    SERVING,
+    STARTING,
+    STOPPED,
+    W_RESTARTS,
+    W_RING,
+    W_STATUS,
+    W_VERSION,
+    Segment,
+)
 from .sessions import Sessions
 from .sfloop import SFLoop
 from .stats import FlowStats, WorkerStats
 from .store import Pins, StoreReader, StoreWriter
+from .suspect import Marker
+from .takeover import take_over
 
 __all__ = ["main"]
 
 FAREWELL = 5.0
 """Seconds that processes have at the end to read their last answers."""
+BROKEN = 70
+"""Exit code after an error of our own (EX_SOFTWARE of sysexits.h)."""
 
 
 def main(message: dict[str, Any]) -> None:
@@ -69,68 +89,135 @@ class Coordinator:
         self._name: str = options["name"]
         self._began = time.monotonic()
         self._lease = Lease.take(self._name)
-        self._token = os.urandom(6).hex()
+        sys.audit("strictflow_mp.start.leased")
         self._sessions: Sessions | None = None
         self._segment: Segment | None = None
+        self._heir = False  # whether the state is older than we are
         try:
-            if self._lease.former is not None:
-                leftovers.remove(self._lease.former.token)
             self._build(options)
         except BaseException:
-            self._remove()
+            if self._heir:
+                self._lease.release()  # it is not ours to remove; the next one may have more luck
+            else:
+                self._remove()
             raise
 
     def _build(self, options: dict[str, Any]) -> None:
         name, me = self._name, Identity.mine()
-        slots = options["max_workers"] + 1
-        segment = self._segment = Segment.create(
-            self._token, name, capacity=options["capacity"], slots=slots, pid=me.pid, start=me.start
-        )
+        former = self._lease.former
+        segment = None
+        if former is not None:
+            if options["recover"]:
+                segment = self._inherited(former)
+            if segment is None:
+                leftovers.remove(former.token)
+                if options["is_restart"]:
+                    raise FlowNotRunning("its coordinator died while it stopped, or before it had begun", flow=name)
+        self._heir = segment is not None
+        self._token = former.token if former is not None and segment is not None else os.urandom(6).hex()
+        self._lease.inscribe(Resident(name, self._token, me.pid, me.start, me.boot))
+        sys.audit("strictflow_mp.start.inscribed")
+        if segment is None:
+            segment = Segment.create(
+                self._token,
+                name,
+                capacity=options["capacity"],
+                slots=options["max_workers"] + 1,
+                pid=me.pid,
+                start=me.start,
+                status=STARTING,
+            )
+            sys.audit("strictflow_mp.start.created")
+        self._segment = segment
         self._writer = StoreWriter(segment, name)
-        self._writer.create()
-        if options["state"]:
-            self._writer.publish(options["state"])
         gate = self._gate = GateKeeper(segment, self._token)
-        authkey = self._lease.furnish(Resident(name, self._token, me.pid, me.start, me.boot))
+        if self._heir:
+            tenancies = take_over(segment, self._writer, gate, name, me.pid, me.start)
+        else:
+            tenancies = []
+            self._writer.create()
+            if options["state"]:
+                self._writer.publish(options["state"])
+            segment.words[W_STATUS] = SERVING  # from here on the state is worth to be taken over
+        authkey = self._lease.new_key()
         listener = handshake.listen(self._lease.place.socket)
+        sys.audit("strictflow_mp.start.listening")
+        owner = Identity(*options["owner"]) if options["owner"] else None
         welcome = {
             "segment": segment.name,
             "pid": me.pid,
+            "owner": list(owner) if owner is not None and options["restart"] else None,
+            "restarts": segment.words[W_RESTARTS],
             "max_pending": options["max_pending"],
             "gate_timeout": options["gate_timeout"],
         }
-        owner = Identity(*options["owner"]) if options["owner"] else None
-        self._sessions = Sessions(listener, authkey, segment, gate, welcome, owner)
+        self._sessions = Sessions(listener, authkey, segment, gate, self._writer.receipts, welcome, owner)
+        self._sessions.expect(tenancies, me.boot)
+        os.register_at_fork(after_in_child=self._leave_to_parent)
         reader = StoreReader(segment, Pins(segment, 0))
         self._loop = SFLoop(
-            name, self._writer, reader, gate, self._sessions, task_timeout=options["task_timeout"], report=self._report
+            name,
+            self._writer,
+            reader,
+            gate,
+            self._sessions,
+            Marker(segment),
+            task_timeout=options["task_timeout"],
+            max_pending=options["max_pending"],
+            report=self._report,
         )
         place.enter(self._loop.inside)
         signal.set_wakeup_fd(self._sessions.wakeup_fd, warn_on_full_buffer=False)
         signal.signal(signal.SIGTERM, lambda number, frame: self._loop.stop())
+
+    @staticmethod
+    def _inherited(former: Resident) -> Segment | None:
+        """The segment that a dead coordinator left; None if there is nothing to be had from it."""
+        try:
+            segment = Segment.open(PREFIX + former.token)
+        except (FileNotFoundError, ProtocolError):
+            return None  # it died before it was made, or is another version's
+        if segment.words[W_STATUS] in (STARTING, STOPPED):
+            segment.close()  # it died before its first state was there, or while it removed everything
+            return None
+        return segment
 
     def run(self) -> None:
         """Serve until stopped, then remove everything."""
         logger.info("flow %r is served by pid %d", self._name, os.getpid())
         assert self._sessions is not None
         try:
+            self._loop.run()
+        except BaseException:
+            # As after any other death: the last commit stands, and the next coordinator takes over.
+            logger.critical("flow %r: the coordinator broke; please report this", self._name, exc_info=True)
+            logging.shutdown()
+            os._exit(BROKEN)
+        self._loop.close()
+        self._gate.stop()
+        sys.audit("strictflow_mp.stop.stopped")
+        self._loop.answer_stops()
+        self._sessions.flush(FAREWELL)
+        self._remove()
+        logger.info("flow %r has ended", self._name)
+
+    def _leave_to_parent(self) -> None:
+        """In a process that a task forked: the lock and the connections are its parent's, and end with it."""
+        place.leave()
+        for descriptor in (self._lease.fileno(), *(self._sessions.descriptors() if self._sessions else ())):
             try:
-                self._loop.run()
-                self._loop.close()
-            finally:
-                self._gate.stop()
-            self._loop.answer_stops()
-            self._sessions.flush(FAREWELL)
-        finally:
-            self._remove()
-            logger.info("flow %r has ended", self._name)
+                os.close(descriptor)
+            except OSError:
+                pass
 
     def _remove(self) -> None:
         if self._sessions is not None:
             signal.set_wakeup_fd(-1)
             self._sessions.close_all()
+            sys.audit("strictflow_mp.stop.closed")
         if self._segment is not None:
             self._segment.unlink()
+            sys.audit("strictflow_mp.stop.unlinked")
         self._lease.leave()
 
     def _report(self) -> dict[str, Any]:
@@ -157,7 +244,7 @@ class Coordinator:
                 WorkerStats(
                     pid=session.identity.pid,
                     slot=session.slot,
-                    state="attached" if session.is_open else "leaving",
+                    state=session.state,
                     cpu=cpu,
                     rss=rss,
                     waits=words[segment.waits + session.slot],
@@ -165,13 +252,13 @@ class Coordinator:
                 )
             )
         version = words[W_VERSION]
-        counters, scheduler = loop.counters, loop.scheduler
+        counters, scheduler = loop.runner.counters, loop.scheduler
         return FlowStats(
             name=self._name,
             version=version,
             keys=words[W_RING + version % RING * RECORD + R_COUNT],
             coordinator_pid=os.getpid(),
-            restarts=0,
+            restarts=words[W_RESTARTS],
             uptime=time.monotonic() - self._began,
             tasks_run={level: counter.run for level, counter in counters.items()},
             tasks_failed={level: counter.failed for level, counter in counters.items()},

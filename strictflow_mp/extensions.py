@@ -42,7 +42,7 @@ from msgpack import ExtType, Packer, unpackb
 
 from . import arrays
 from .culprit import MAX_NESTED, TOO_DEEP, advice, name_of, too_deep
-from .errors import SerializationError
+from .errors import FAULTS, SerializationError
 from .frozen import FrozenDict, FrozenList, FrozenSet
 
 __all__ = ["NAMES", "Decode", "Encoder", "encoder"]
@@ -279,7 +279,9 @@ def _decode_enum(decode: Decode, data: bytes) -> Any:
         if not (isinstance(found, type) and issubclass(found, Enum)):
             raise TypeError(f"{qualname} is not an Enum")
         return found[name] if type(name) is str else found(name)
-    except Exception as error:
+    except SystemExit as error:
+        raise ValueError(f"importing {module} ends the process") from error
+    except FAULTS as error:
         instead = (
             "define its class in a module that every process can import, not in the main program"
             if module == "__main__"

@@ -46,7 +46,7 @@ class StrictFlow:
         max_workers: processes that may be attached at a time.
         max_pending: tasks that a process may have outstanding; then its next submit waits.
         task_timeout: seconds that a task may run, unless it says otherwise. None: for ever.
-        restart: whether a coordinator that died is started again. Not built yet: it is not, whatever this says.
+        restart: whether this process starts the coordinator again when it has died, on the same state.
         cache_bytes: bytes of decoded values that each process keeps.
     """
 
@@ -83,8 +83,8 @@ class StrictFlow:
             "max_pending": max_pending,
             "task_timeout": task_timeout,
             "gate_timeout": max(GATE_TIMEOUT, 2 * (task_timeout or 0)),
+            "restart": restart,
         }
-        self._restart = restart
         self._cache_bytes = cache_bytes
         self._find_place()
 
@@ -121,8 +121,13 @@ class StrictFlow:
 
     # Life
 
-    def start_loop(self) -> None:
+    def start_loop(self, recover: bool = True) -> None:
         """Start the coordinator process; return when it serves. Nothing happens if this handle has started it.
+
+        Args:
+            recover: what to do when the last coordinator of that name died and nobody restarted it: go on from
+                the state that it had committed, whose capacity and `max_workers` stay as they were, or discard
+                that and begin with the first state.
 
         Raises:
             FlowExists: a coordinator lives under that name already.
@@ -136,7 +141,9 @@ class StrictFlow:
                 return
             self._client.is_stopped = False
             first = pack_changes(self._first_state or {}, self.name)
-            self._owner = Owner.start(self.name, {**self._options, "state": first})
+            self._owner = Owner.start(
+                self.name, {**self._options, "state": first, "recover": recover, "is_restart": False}
+            )
 
     def stop_loop(self, drain: bool = True, timeout: float | None = None) -> None:
         """Stop the flow and remove every named object. Nothing happens if it does not run.
@@ -174,8 +181,11 @@ class StrictFlow:
 
     @property
     def is_running(self) -> bool:
-        """Whether a coordinator serves this flow."""
-        return self._inside is not None or Place.of(self.name).is_inhabited()
+        """Whether a coordinator serves this flow, or this process is about to start the next one."""
+        if self._inside is not None or Place.of(self.name).is_inhabited():
+            return True
+        owner = self._owner
+        return owner is not None and owner.is_alive
 
     def close(self) -> None:
         """Detach this process. The flow goes on; a later use attaches again."""

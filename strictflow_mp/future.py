@@ -46,6 +46,8 @@ class TaskFuture(Future[T]):
         self.has_waiters = False
         self.runner: object = None  # keeps alive what settles it
         self.label = label
+        self.frame = b""
+        """What was sent, as long as it may have to be sent again."""
 
     # concurrent.futures.wait() and as_completed() hang their waiters into this list: the sign that somebody
     # waits without calling us.

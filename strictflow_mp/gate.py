@@ -14,25 +14,28 @@ Order: **the flag is up while submitted[i] > finished[i] for some i.**
     load behind it; so either the reader sees that it need not sleep, or the coordinator sees it waiting.
 If we die here: a semaphore's count is only a hint. A lost post costs one slice of sleep, an extra one a
     look at the words; neither costs correctness.
-Invariants: both arrays only grow while a slot has one owner. A read waits for what was submitted before
-    it began and never for anything later, so a steady stream of P1 tasks delays no read for ever.
+Invariants: both arrays only grow while a slot has one owner; but FINISHED falls back when a process comes back late
+    after a coordinator's death, and nobody waited for it any more (`lift`, `raise_again`). A read waits for what was
+    submitted before it began and never for anything later, so a steady stream of P1 tasks delays no read for ever.
 """
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from _signal import pthread_sigmask  # signal's own wrapper makes enums of 64 signals, which takes 25 µs
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 import posix_ipc
 
-from .segment import PREFIX, STOPPED, W_STATUS, Segment
+from .segment import CONDEMNED, PREFIX, SERVING, STOPPED, W_STATUS, W_TENANCIES, Segment
 from .words import fence, publish_fence, read_fence
 
-__all__ = ["Gate", "GateKeeper", "condemn", "semaphore_name", "unlink_semaphore"]
+__all__ = ["Gate", "GateKeeper", "Tenancy", "condemn", "semaphore_name", "unlink_semaphore"]
 
 SPIN = 50e-6
 """Seconds that a reader looks at the words before it sleeps: about as long as a short P1 lasts. Waking an
@@ -126,14 +129,20 @@ class Gate:
         """
         # The frame is in the kernel: the system call was a barrier of its own.
         self._words[self._mine] = number
+        # The flag is seen by all before submit returns, and whatever follows from that begins (store-load).
+        fence()
 
     def is_open(self) -> bool:
         """Whether nothing that was submitted is unfinished."""
         return self.submitted == self.finished
 
     def is_stopped(self) -> bool:
-        """Whether the coordinator has stopped for good."""
-        return bool(self._words[W_STATUS] == STOPPED)
+        """Whether the flow has ended: its coordinator stopped, or is dead and was given up."""
+        return bool(self._words[W_STATUS] != SERVING)
+
+    def is_condemned(self) -> bool:
+        """Whether it ended because its coordinator died."""
+        return bool(self._words[W_STATUS] == CONDEMNED)
 
     def wait(self, deadline: float | None, check: Callable[[], None]) -> bool:
         """Wait until every P1 task submitted by now is finished.
@@ -187,7 +196,7 @@ class Gate:
         try:
             # The waiting word before the second look at finished[] (store-load).
             fence()
-            while not _reached(self.finished, behind):
+            while not _reached(self.finished, behind) and not self.is_stopped():
                 left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
                 if left <= 0:
                     return
@@ -245,6 +254,15 @@ def _reached(finished: memoryview, behind: list[tuple[int, int]]) -> bool:
     return True
 
 
+class Tenancy(NamedTuple):
+    """Who has a slot, since which admission. A slot that is free has pid 0."""
+
+    slot: int
+    pid: int
+    start: int
+    tenant: int
+
+
 class GateKeeper:
     """The flag as the coordinator moves it."""
 
@@ -258,9 +276,29 @@ class GateKeeper:
         self._waiting = words[segment.waiting : segment.waiting + slots]
         self._nobody = memoryview(bytes(8 * slots)).cast("Q")
         self._semaphores: dict[int, posix_ipc.Semaphore] = {}
-        self._raised = 0  # how often slot 0 was
+        self._raised = self._submitted[0]  # how often slot 0 was
+
+    def take_over(self) -> list[Tenancy]:
+        """Begin where a dead coordinator ended; return who has a slot."""
+        # Nothing of slot 0 is queued any more: what tasks had submitted died with the coordinator.
+        self._finished[0] = self._raised
+        found = []
+        for slot in range(1, self._segment.slots):
+            tenancy = self.tenancy(slot)
+            if tenancy.pid:
+                name = semaphore_name(self._token, slot)
+                self._semaphores[slot] = posix_ipc.Semaphore(name, posix_ipc.O_CREAT, 0o600, 0)
+                found.append(tenancy)
+            else:
+                unlink_semaphore(self._token, slot)  # it died between the semaphore and the slot's words
+        return found
 
     # Slots
+
+    def tenancy(self, slot: int) -> Tenancy:
+        """Who has a slot."""
+        words, segment = self._words, self._segment
+        return Tenancy(slot, words[segment.pids + slot], words[segment.starts + slot], words[segment.tenants + slot])
 
     def admit(self, slot: int, pid: int, start: int) -> str:
         """Give a slot to a process; return the name of its semaphore."""
@@ -268,10 +306,20 @@ class GateKeeper:
         unlink_semaphore(self._token, slot)
         name = semaphore_name(self._token, slot)
         self._semaphores[slot] = posix_ipc.Semaphore(name, posix_ipc.O_CREX, 0o600, 0)
+        sys.audit("strictflow_mp.admit.semaphore")
         for array in (segment.waiting, segment.waits, segment.waited):
             words[array + slot] = 0
-        words[segment.pids + slot], words[segment.starts + slot] = pid, start
+        words[W_TENANCIES] += 1
+        words[segment.tenants + slot], words[segment.starts + slot] = words[W_TENANCIES], start
+        # The pid last: it says that the slot is taken (store-store).
+        publish_fence()
+        words[segment.pids + slot] = pid
+        sys.audit("strictflow_mp.admit.slot")
         return name
+
+    def semaphore_of(self, slot: int) -> str:
+        """The name of a slot's semaphore, for a process that comes back to it."""
+        return semaphore_name(self._token, slot)
 
     def lift(self, slot: int) -> None:
         """Lower the flag of a slot whose connection is closed: nothing more of it will come, so nobody may wait."""
@@ -281,6 +329,11 @@ class GateKeeper:
             words[segment.finished + slot] = submitted
             self.wake()
 
+    def raise_again(self, slot: int, first: int) -> None:
+        """A process comes back after its flag was lifted, and brings its tasks from number *first* on."""
+        finished = self._segment.finished + slot
+        self._words[finished] = min(self._words[finished], first - 1)
+
     def dismiss(self, slot: int) -> None:
         """Take a slot back from a process that is dead, or has said goodbye."""
         segment, words = self._segment, self._words
@@ -289,7 +342,8 @@ class GateKeeper:
         words[segment.finished + slot] = high
         words[segment.submitted + slot] = high
         words[segment.waiting + slot] = 0
-        words[segment.pids + slot] = words[segment.starts + slot] = 0
+        words[segment.pids + slot] = words[segment.starts + slot] = words[segment.tenants + slot] = 0
+        sys.audit("strictflow_mp.dismiss.slot")
         semaphore = self._semaphores.pop(slot, None)
         if semaphore is not None:
             semaphore.close()
@@ -300,6 +354,10 @@ class GateKeeper:
     def is_open(self) -> bool:
         """Whether every P1 task that anybody submitted is finished."""
         return self._submitted == self._finished
+
+    def last_finished(self, slot: int) -> int:
+        """The number up to which a slot's P1 tasks are finished."""
+        return int(self._finished[slot])
 
     def is_up(self) -> bool:
         """Whether some process has counted a P1 task that is not finished."""
@@ -324,6 +382,7 @@ class GateKeeper:
             if slot and number > finished[slot]:
                 finished[slot] = number
         finished[0] = self._raised if own is None else own - 1
+        sys.audit("strictflow_mp.gate.finished")
         self.wake()
 
     def wake(self) -> None:
@@ -351,12 +410,13 @@ class GateKeeper:
 
 
 def condemn(segment: Segment, token: str) -> None:
-    """Stop the flow of a coordinator that is proved dead: whoever is still attached finds out at its next read.
+    """End the flow of a coordinator that is proved dead: whoever is still attached finds out at its next read.
 
     The caller holds the lock of the place, and is thereby the one writer of the dead coordinator's words.
     """
     words = segment.words
-    words[W_STATUS] = STOPPED
+    if words[W_STATUS] == SERVING:
+        words[W_STATUS] = CONDEMNED
     publish_fence()
     words[segment.submitted] = words[segment.finished] + 1
     # The flag before the look at who sleeps (store-load).

@@ -11,9 +11,27 @@ import os
 from . import segment
 from .errors import FlowExists
 from .gate import condemn, semaphore_name
-from .rendezvous import Lease, Resident, places
+from .rendezvous import Lease, Place, Resident, places
 
-__all__ = ["remove", "sweep"]
+__all__ = ["abandon", "remove", "sweep"]
+
+
+def abandon(name: str) -> None:
+    """Tell everybody who is attached that a dead coordinator does not come back; the state stays for the next start."""
+    place = Place.of(name)
+    if not place.directory.exists():
+        return
+    try:
+        lease = Lease.take_place(place, name)
+    except FlowExists:
+        return
+    try:
+        if lease.former is not None:
+            opened = segment.Segment.open(segment.PREFIX + lease.former.token)
+            condemn(opened, lease.former.token)
+            opened.close()
+    finally:
+        lease.release()
 
 
 def remove(token: str) -> list[str]:

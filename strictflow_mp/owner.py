@@ -1,4 +1,7 @@
-"""The owner: the process that started a coordinator, and that stops it."""
+"""The owner: the process that started a coordinator, that starts the next one when it dies, and that stops it.
+
+A thread sleeps until the coordinator ends. It stands aside while the process forks, so that no fork finds it at work.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,18 @@ import concurrent.futures
 import os
 import pickle
 import select
+import threading
 import time
+import weakref
 from typing import Any
 
 from . import leftovers, wire
 from .client import Client
-from .core import configured_level
-from .errors import CoordinatorLost, FlowExists, FlowNotRunning, StrictFlowError, TaskTimeout
-from .processes import Child, Identity, launch
+from .core import configured_level, logger
+from .errors import CoordinatorLost, FlowExists, FlowNotRunning, ProtocolError, StrictFlowError, TaskTimeout
+from .processes import Child, Identity, launch, open_pidfd
 from .rendezvous import Lease, Place
+from .segment import PREFIX, W_RESTARTS, W_VERSION, Segment
 
 __all__ = ["Owner"]
 
@@ -22,24 +28,47 @@ START = 30.0
 """Seconds that a coordinator may take to start."""
 END = 15.0
 """Seconds that it may take to end after its last task."""
+SHORT = 1.0
+"""Seconds: a coordinator that lived no longer, and finished nothing, has failed at once."""
+FAILURES = 10
+"""How often in a row it may fail at once before the owner gives up."""
+PAUSE = 0.05
+"""Seconds before it is tried again when it has failed at once twice; doubled each time."""
+LOOK = 0.1
+"""Seconds between looks at a coordinator, where there is no pidfd."""
 
 
 class Owner:
     """A coordinator process that this process started."""
 
-    def __init__(self, name: str, child: Child) -> None:
+    def __init__(self, name: str, options: dict[str, Any], child: Child) -> None:
         self.name = name
-        self._child = child
         self.pid = os.getpid()
+        self._options = options
+        self._child = child
+        resident = Place.of(name).resident()
+        self._token = resident.token if resident is not None else ""
+        self._changing = threading.Lock()  # held while the child is replaced or stopped
+        self._is_ending = False
+        self._watcher: _Watcher | None = None
 
     @classmethod
-    def start(cls, name: str, options: dict[str, Any], *, owned: bool = True) -> Owner:
-        """Start a coordinator; return when it serves.
+    def start(cls, name: str, options: dict[str, Any]) -> Owner:
+        """Start a coordinator; return when it serves. It is restarted if `options` say so.
 
         Raises:
             FlowExists: one lives under that name.
             StateFull: there is no room for the first state.
         """
+        child = cls._launch(name, options)
+        owner = cls(name, {**options, "state": {}}, child)  # the next coordinator finds the state in shared memory
+        if options["restart"]:
+            owner._watcher = _Watcher(owner)
+            owner._watcher.start()
+        return owner
+
+    @staticmethod
+    def _launch(name: str, options: dict[str, Any]) -> Child:
         readable, writable = os.pipe()
         try:
             me = Identity.mine()
@@ -49,7 +78,7 @@ class Owner:
                     **options,
                     "name": name,
                     "ready": writable,
-                    "owner": (me.pid, me.start, me.boot) if owned else None,
+                    "owner": (me.pid, me.start, me.boot),
                     "log_level": configured_level(),
                 },
                 pass_fds=(writable,),
@@ -73,16 +102,49 @@ class Owner:
         if error is not None:
             child.wait(END)
             raise error.of(name)
-        return cls(name, child)
+        return child
 
     @property
     def is_alive(self) -> bool:
-        """Whether the coordinator still runs."""
-        return self.pid == os.getpid() and self._child.exitcode is None
+        """Whether the coordinator runs, or is about to run again."""
+        if self.pid != os.getpid():
+            return False
+        return self._child.exitcode is None or (self._watcher is not None and self._watcher.is_watching)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the coordinator's end; whether it has come."""
-        return self._child.wait(timeout) is not None
+    def wait(self, timeout: float) -> bool:
+        """Wait up to *timeout* seconds for the coordinator's end; whether it has come, for good."""
+        return self._child.wait(timeout) is not None and not self.is_alive
+
+    # For the watcher
+
+    @property
+    def child(self) -> Child:
+        """The coordinator as it is now."""
+        return self._child
+
+    def replace(self, pause: float) -> bool:
+        """The coordinator has ended: start the next one, unless it was stopped. Whether there is one."""
+        with self._changing:
+            if self._is_ending or self._child.exitcode == 0:
+                return False
+            logger.warning("flow %r: its coordinator ended with %s", self.name, self._child.exitcode)
+            time.sleep(pause)
+            try:
+                self._child = self._launch(self.name, {**self._options, "recover": True, "is_restart": True})
+            except FlowExists:
+                return False  # somebody was faster: it is theirs now
+            except FlowNotRunning as error:
+                if Place.of(self.name).resident() is None:
+                    return False  # it died while it stopped; what was left is removed
+                logger.error("flow %r: its coordinator could not be restarted: %s", self.name, error)
+            except Exception as error:
+                logger.error("flow %r: its coordinator could not be restarted: %s", self.name, error)
+        return True
+
+    def give_up(self) -> None:
+        """It fails again and again: tell everybody, and leave the state for the next start."""
+        logger.error("flow %r: its coordinator failed %d times in a row; given up", self.name, FAILURES)
+        leftovers.abandon(self.name)
 
     def stop(self, client: Client, *, drain: bool, timeout: float | None) -> None:
         """Stop the coordinator and see to it that nothing is left.
@@ -92,6 +154,7 @@ class Owner:
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         try:
+            # If it dies on the way, the next one is asked once more, so that what was queued is still finished.
             if not ask_to_stop(client, drain=drain, timeout=timeout) and not ask_to_stop(
                 client, drain=drain, timeout=timeout
             ):
@@ -100,6 +163,10 @@ class Owner:
             pass
         except StrictFlowError:
             self._child.terminate()  # it does not take us
+        with self._changing:
+            self._is_ending = True  # from now on nobody starts it again
+        if self._watcher is not None:
+            self._watcher.end()
         left = END if deadline is None else max(0.0, deadline - time.monotonic())
         killed = self._child.wait(left) is None
         if killed:
@@ -124,7 +191,7 @@ class Owner:
             lease = Lease.take(self.name)
         except FlowExists:
             return  # somebody has started the next one
-        if lease.former is not None and lease.former.pid == self._child.pid:
+        if lease.former is not None and lease.former.token == self._token:
             leftovers.remove(lease.former.token)
             lease.leave()
         elif lease.former is None:
@@ -134,6 +201,122 @@ class Owner:
 
     def __repr__(self) -> str:
         return f"<Owner of {self.name!r}, coordinator {self._child!r}>"
+
+
+class _Watcher:
+    """The thread that waits for the coordinator's end."""
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._wakeup, self._wake = os.pipe()
+        self._thread: threading.Thread | None = None
+        self.is_watching = True
+        self._failures = 0
+        self._segment = _segment_of(owner.name)
+        _watchers.add(self)
+
+    def start(self) -> None:
+        """Begin to watch, or go on after a fork."""
+        if self.is_watching:
+            self._thread = threading.Thread(target=self._run, name="strictflow-owner", daemon=True)
+            self._thread.start()
+
+    def stand_aside(self) -> None:
+        """End the thread for a moment. One that is starting a coordinator is left alone."""
+        thread, self._thread = self._thread, None
+        if thread is not None and thread is not threading.current_thread():
+            os.write(self._wake, b"\0")
+            thread.join()
+
+    def end(self) -> None:
+        """Watch no more."""
+        self.is_watching = False
+        self.stand_aside()
+        self.forget()
+
+    def forget(self) -> None:
+        """Close the pipe; in a forked child, all there is to do."""
+        self.is_watching = False
+        _watchers.discard(self)
+        if self._segment is not None:
+            self._segment.close()
+            self._segment = None
+        if self._wake >= 0:
+            os.close(self._wake)
+            os.close(self._wakeup)
+            self._wake = self._wakeup = -1
+
+    def _work_done(self) -> int:
+        """Grows with each commit and each P1 task, but not with a mere restart, which makes one version."""
+        if self._segment is None:
+            return 0
+        words, first = self._segment.words, self._segment.finished
+        finished = sum(words[first : first + self._segment.slots].tolist())
+        return int(words[W_VERSION] - words[W_RESTARTS] + finished)
+
+    def _run(self) -> None:
+        owner = self._owner
+        while True:
+            began, before = time.monotonic(), self._work_done()
+            child = owner.child
+            if not self._wait_for_end(child):
+                os.read(self._wakeup, 64)
+                return
+            failed_at_once = time.monotonic() - began < SHORT and self._work_done() <= before
+            self._failures = self._failures + 1 if failed_at_once else 0
+            if self._failures >= FAILURES:
+                self.is_watching = False
+                owner.give_up()
+                return
+            if not owner.replace(PAUSE * 2**self._failures if self._failures > 1 else 0.0):
+                self.is_watching = False
+                return
+
+    def _wait_for_end(self, child: Child) -> bool:
+        """Sleep until the coordinator has ended; False when the thread shall end instead."""
+        poll = select.poll()
+        poll.register(self._wakeup, select.POLLIN)
+        descriptor = open_pidfd(child.pid)
+        if descriptor >= 0:
+            poll.register(descriptor, select.POLLIN)
+        try:
+            while child.exitcode is None:
+                for ready, _ in poll.poll(None if descriptor >= 0 else LOOK * 1000):
+                    if ready == self._wakeup:
+                        return False
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+        return True
+
+
+def _segment_of(name: str) -> Segment | None:
+    resident = Place.of(name).resident()
+    try:
+        return Segment.open(PREFIX + resident.token) if resident is not None else None
+    except (FileNotFoundError, ProtocolError):
+        return None  # it has ended already
+
+
+_watchers: weakref.WeakSet[_Watcher] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    for watcher in list(_watchers):
+        watcher.stand_aside()
+
+
+def _after_fork_in_parent() -> None:
+    for watcher in list(_watchers):
+        watcher.start()
+
+
+def _after_fork_in_child() -> None:
+    for watcher in list(_watchers):
+        watcher.forget()
+
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 def ask_to_stop(client: Client, *, drain: bool, timeout: float | None) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, MutableMapping
 from typing import Any, Protocol
 
-__all__ = ["Inside", "enter", "inside"]
+__all__ = ["Inside", "enter", "inside", "leave"]
 
 
 class Inside(Protocol):
@@ -38,6 +38,12 @@ def enter(loop: Inside) -> None:
     """From now on this process is the coordinator of *loop*'s flow."""
     global _inside
     _inside = loop
+
+
+def leave() -> None:
+    """This process runs no flow: it was forked by one that does."""
+    global _inside
+    _inside = None
 
 
 def inside(name: str | None) -> Inside | None:

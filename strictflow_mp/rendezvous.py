@@ -102,7 +102,7 @@ class Place:
     def resident(self) -> Resident | None:
         """Who is, or was last, at home here."""
         try:
-            return Resident(**json.loads(self.lock.read_bytes()))
+            return Resident(**json.loads(self.lock.read_bytes().partition(b"\n")[0]))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -215,17 +215,26 @@ class Lease:
             return None
         return cls(place, descriptor, name, place.resident())
 
-    def furnish(self, resident: Resident) -> bytes:
-        """Write down who lives here, and a new authentication key; return the key."""
+    def inscribe(self, resident: Resident) -> None:
+        """Write down who lives here, before it makes anything: so that whatever it leaves can be found."""
+        line = json.dumps(resident._asdict()).encode() + b"\n"
+        # One line over the former one, then the rest of that: at no instant is neither of them there.
+        os.pwrite(self._descriptor, line, 0)
+        os.ftruncate(self._descriptor, len(line))
+
+    def new_key(self) -> bytes:
+        """Write down a new authentication key; return it. Nobody is let in with the former one any more."""
         authkey = os.urandom(32)
         for path in (self.place.key, self.place.socket):
             path.unlink(missing_ok=True)
         descriptor = os.open(self.place.key, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with open(descriptor, "wb") as file:
             file.write(authkey)
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, json.dumps(resident._asdict()).encode(), 0)
         return authkey
+
+    def fileno(self) -> int:
+        """The descriptor that holds the lock. A forked child closes it, or it would hold the lock too."""
+        return self._descriptor
 
     def leave(self) -> None:
         """Remove everything, then let go of the lock."""

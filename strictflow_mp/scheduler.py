@@ -43,13 +43,14 @@ class State(enum.Enum):
 class Job:
     """A task as the policy sees it: whose it is, its number there, its priority."""
 
-    __slots__ = ("number", "owner", "priority", "state")
+    __slots__ = ("is_void", "number", "owner", "priority", "state")
 
     def __init__(self, owner: int, number: int, priority: int) -> None:
         self.owner = owner
         self.number = number
         self.priority = priority
         self.state = State.QUEUED
+        self.is_void = False  # it comes once more: it is not even counted
 
     def __repr__(self) -> str:
         return f"<P{self.priority} #{self.number} of {self.owner}, {self.state.value}>"
@@ -83,6 +84,14 @@ class Scheduler:
             if job.priority == 2:
                 self._reads.remove(job)
         return job
+
+    def withdraw(self, owner: int) -> None:
+        """Take back all that an owner has queued; nothing of it counts."""
+        for other, number in list(self._queued):
+            if other == owner:
+                job = self.cancel(owner, number)
+                assert job is not None
+                job.is_void = True
 
     def async_started(self) -> None:
         """A P2 task that was run turned out to be a coroutine."""

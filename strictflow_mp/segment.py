@@ -12,9 +12,14 @@ words                   writer                 meaning
 ======================  =====================  ======================================================
 0 .. 15                 coordinator, at start  identity: magic, layout, size, slots, pid, hash key
 16 VERSION              coordinator            the commit word: the version that readers see
-17 STATUS               coordinator            serving or stopped
+10 RESTARTS             coordinator, at start  how often a coordinator has taken over from a dead one
+17 STATUS               coordinator            serving, stopped, or condemned
 24 HORIZON              coordinator            oldest version that can be read without a pin
 25 CLAIMED              coordinator            words behind which no memory is claimed yet
+26 SUSPECT              coordinator            the task that runs: slot and seq (`suspect`)
+27 DEADLINE             coordinator            when it must have ended: monotonic ns, or 0
+28 TENANCIES            coordinator            admissions to a slot so far
+29 LOADING              coordinator, at start  the function that the last dead one was loading
 64 .. 127               coordinator, at start  the flow's name, UTF-8
 128 .. 2175             coordinator            ring of 256 commit records, 8 words each
 then, one word a slot
@@ -22,6 +27,7 @@ SUBMITTED               the slot's process     P1 tasks submitted
 FINISHED                coordinator            P1 tasks finished
 WAITING                 the slot's process     1 while a reader sleeps on the slot's semaphore
 PIDS, STARTS            coordinator            who has the slot: pid, start time
+TENANTS                 coordinator            which admission gave it the slot
 WAITS, WAITED           the slot's process     how often and how long (ns) its readers waited
 PINS (16 a slot)        the slot's process     versions (+1) that its snapshots need (`store.pins`)
 then, page aligned
@@ -52,19 +58,22 @@ PREFIX = "sfmp-"
 """How the names of all shared objects of this library begin."""
 
 MAGIC = int.from_bytes(b"SFLOWMP\x01", "little")
-LAYOUT = 1
+LAYOUT = 2
 
 W_MAGIC, W_LAYOUT, W_SIZE, W_SLOTS, W_PID, W_START, W_KEY, W_RESTARTS = 0, 1, 2, 3, 4, 5, 8, 10
 W_VERSION, W_STATUS, W_HORIZON, W_CLAIMED, W_NAME, W_RING = 16, 17, 24, 25, 64, 128
+W_SUSPECT, W_DEADLINE, W_TENANCIES, W_LOADING = 26, 27, 28, 29
 NAME_BYTES = 512
-SERVING, STOPPED = 1, 2
+SERVING, STOPPED, CONDEMNED, STARTING = 1, 2, 3, 4
 
 RING = 256
 """Commit records kept: a reader that is overtaken by this many commits looks again."""
 RECORD = 8
-"""Words in a commit record: version, trie root, number of keys, time (ns), four in reserve."""
-R_VERSION, R_ROOT, R_COUNT, R_TIME = 0, 1, 2, 3
+"""Words in a commit record: version, trie root, number of keys, time (ns), receipts (two blocks), two in reserve."""
+R_VERSION, R_ROOT, R_COUNT, R_TIME, R_BASE, R_DELTA = 0, 1, 2, 3, 4, 5
 
+ARRAYS = 8
+"""Arrays with a word for each slot, beside the pins."""
 PINS = 16
 """Pin words for each slot: the last one is a floor (`store.pins`)."""
 
@@ -153,7 +162,8 @@ class Segment:
         self.waiting = self.finished + array
         self.pids = self.waiting + array
         self.starts = self.pids + array
-        self.waits = self.starts + array
+        self.tenants = self.starts + array
+        self.waits = self.tenants + array
         self.waited = self.waits + array
         self.pins = self.waited + array
         self.arena = _round_up(self.pins + slots * PINS, PAGE // WORD)
@@ -163,10 +173,12 @@ class Segment:
     def control_bytes(slots: int) -> int:
         """Bytes ahead of the arena in a segment with that many slots."""
         array = _round_up(slots, 8)
-        return _round_up((W_RING + RING * RECORD + 7 * array + slots * PINS) * WORD, PAGE)
+        return _round_up((W_RING + RING * RECORD + ARRAYS * array + slots * PINS) * WORD, PAGE)
 
     @classmethod
-    def create(cls, token: str, flow: str, *, capacity: int, slots: int, pid: int, start: int) -> Segment:
+    def create(
+        cls, token: str, flow: str, *, capacity: int, slots: int, pid: int, start: int, status: int = SERVING
+    ) -> Segment:
         """Create the segment of a flow, with an empty state.
 
         Args:
@@ -197,7 +209,7 @@ class Segment:
             encoded = flow.encode()[: NAME_BYTES - WORD]
             segment.buffer[W_NAME * WORD : W_NAME * WORD + len(encoded)] = encoded
             words[W_CLAIMED] = segment.arena
-            words[W_STATUS] = SERVING
+            words[W_STATUS] = status
             publish_fence()
             words[W_MAGIC] = MAGIC
         except BaseException:
@@ -252,7 +264,7 @@ class Segment:
         A reader that strays (because the memory under it was reused) gets IndexError at the end of these
         views; behind it lie pages that do not exist, and in a full /dev/shm touching one is SIGBUS.
         """
-        limit = self.words[W_CLAIMED]
+        limit = max(self.arena, min(self.words[W_CLAIMED], self.size // WORD))  # whatever it says
         return self.words[:limit], self.buffer[: limit * WORD]
 
     @property

@@ -5,6 +5,9 @@ Written by: SF-LOOP's thread alone; a short-lived thread for each newcomer does 
     slow or hostile one holds nobody up.
 Invariants: a slot is given to another process only when its former process is proved dead or has said
     goodbye, and when none of its tasks is queued any more.
+
+After a coordinator's death, the next one finds in the segment who had which slot. These are *away*: they keep
+their slot, and for `GRACE` seconds their flag too; they come back when they notice, and may take their time.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import select
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,10 +25,10 @@ from typing import Any
 from . import handshake, wire
 from .core import logger
 from .errors import ProtocolError
-from .gate import GateKeeper
+from .gate import GateKeeper, Tenancy
 from .processes import Identity, open_pidfd
 from .segment import Segment
-from .store import clear_pins
+from .store import Receipts, clear_pins, has_pins
 from .wire import Frame, Stream
 
 __all__ = ["Session", "Sessions"]
@@ -33,24 +37,47 @@ HANDSHAKE = 5.0
 """Seconds that a newcomer has for its handshake."""
 HANDSHAKES = 32
 """Newcomers at a time; more wait in the socket's backlog."""
+PATHS = 1 << 10
+"""Entries that a newcomer's `sys.path` may have."""
+ALL_PATHS = 1 << 13
+"""Entries of all of them together; what comes later is not looked for there."""
+GRACE = 1.0
+"""Seconds that readers still wait, after a takeover, for what processes that are away had submitted."""
+AGAIN = 0.05
+"""Seconds between looks at slots whose process still lives, though its connection is closed."""
 
 
 class Session:
-    """One connected process, as the coordinator sees it."""
+    """One connected process, as the coordinator sees it; `stream` is None while it is away."""
 
-    def __init__(self, stream: Stream, slot: int, identity: Identity) -> None:
-        self.stream = stream
+    def __init__(self, stream: Stream | None, slot: int, tenant: int, identity: Identity) -> None:
+        self._stream = stream
         self.slot = slot
+        self.tenant = tenant
         self.identity = identity
         self.functions: dict[int, Any] = {}
+        self.answered: dict[int, bytes] | None = None
+        """Answers of a former coordinator, by seq, that this process may ask for once more."""
         self.queued = 0
-        self.is_open = True
+        self.is_open = stream is not None
+        self.is_away = stream is None
         self.said_goodbye = False
         self.is_dead = False
         self.pidfd = open_pidfd(identity.pid)
 
+    @property
+    def stream(self) -> Stream:
+        """Its connection."""
+        assert self._stream is not None
+        return self._stream
+
     def __repr__(self) -> str:
-        return f"<Session slot={self.slot} pid={self.identity.pid} {'open' if self.is_open else 'closed'}>"
+        return f"<Session slot={self.slot} pid={self.identity.pid} {self.state}>"
+
+    @property
+    def state(self) -> str:
+        """How it stands, in a word for people."""
+        return "attached" if self.is_open else "away" if self.is_away else "leaving"
 
 
 class Sessions:
@@ -62,6 +89,7 @@ class Sessions:
         authkey: bytes,
         segment: Segment,
         gate: GateKeeper,
+        receipts: Receipts,
         welcome: dict[str, Any],
         owner: Identity | None,
     ) -> None:
@@ -69,6 +97,7 @@ class Sessions:
         self._authkey = authkey
         self._segment = segment
         self._gate = gate
+        self._receipts = receipts
         self._welcome = welcome
         self._owner = owner
         self._owner_pidfd = open_pidfd(owner.pid) if owner else -1
@@ -77,7 +106,12 @@ class Sessions:
         self._watched: dict[int, Session] = {}
         self._ready: deque[tuple[socket.socket, dict[str, Any]]] = deque()
         self._handshakes = threading.BoundedSemaphore(HANDSHAKES)
+        self._shaking: dict[socket.socket, float] = {}
+        self._is_crowded = False
         self.has_leavers = False
+        self.has_newcomers = False
+        self._look_again = 0.0
+        self._grace = 0.0
         self._wakeup, self._wake = socket.socketpair()
         self._wakeup.setblocking(False)
         self._wake.setblocking(False)
@@ -102,7 +136,8 @@ class Sessions:
     def poll(self, timeout: float) -> list[tuple[Session, list[Frame]]]:
         """Wait up to *timeout* seconds (0: just look); return the frames that arrived.
 
-        Newcomers and leavers are dealt with on the way.
+        Newcomers and leavers are left to `admit` and `reclaim`: frames that have arrived must be queued first, or
+        the slot of a process that is gone could be taken back ahead of its last tasks.
         """
         arrived: list[tuple[Session, list[Frame]]] = []
         for descriptor, event in self.epoll.poll(timeout):
@@ -112,7 +147,10 @@ class Sessions:
                     self._unwatch_pid(session)
                     session.is_dead = True
                     # All that it sent is in the pipe: read it first.
-                    self._receive(session, arrived)
+                    while session.is_open:
+                        self._receive(session, arrived)
+                        if session.stream.is_drained:
+                            break
                     self.close(session)
                     continue
                 if event & select.EPOLLOUT and session.stream.flush():
@@ -122,7 +160,7 @@ class Sessions:
             elif descriptor == self._listener.fileno():
                 self._accept()
             elif descriptor == self._wakeup.fileno():
-                self._admit_all()
+                self.has_newcomers = True
             elif descriptor == self._owner_pidfd:
                 self.epoll.unregister(descriptor)
         return arrived
@@ -149,13 +187,27 @@ class Sessions:
 
     def _accept(self) -> None:
         if not self._handshakes.acquire(blocking=False):
+            # Until one of those is through; the listener would be ready all the time.
+            self.epoll.unregister(self._listener)
+            self._is_crowded = True
             return
         try:
             newcomer, _ = self._listener.accept()
         except OSError:
             self._handshakes.release()
             return
+        self._shaking[newcomer] = time.monotonic() + HANDSHAKE
         threading.Thread(target=self._shake_hands, args=(newcomer,), name="handshake", daemon=True).start()
+
+    def hurry(self) -> None:
+        """Cut off handshakes that have taken too long in all: each of their parts has a deadline of its own only."""
+        now = time.monotonic()
+        for newcomer, deadline in list(self._shaking.items()):
+            if now >= deadline:
+                try:
+                    newcomer.shutdown(socket.SHUT_RDWR)
+                except OSError:
+                    pass  # it has gone already
 
     def _shake_hands(self, newcomer: socket.socket) -> None:
         try:
@@ -167,14 +219,26 @@ class Sessions:
             newcomer.close()
         else:
             self._ready.append((newcomer, greeting))
+        finally:
+            self._shaking.pop(newcomer, None)
+            self._handshakes.release()
             try:
                 self._wake.send(b"\0")
             except OSError:
                 pass  # full: a wake-up is under way; or closed: we are stopping
-        finally:
-            self._handshakes.release()
 
-    def _admit_all(self) -> None:
+    def admit(self, has_returned: Callable[[int], None]) -> None:
+        """Give slots to those who have shaken hands.
+
+        Args:
+            has_returned: called with the slot of a process that comes back for the second time: what is queued of it
+                comes once more.
+        """
+        self.has_newcomers = False
+        self._has_returned = has_returned
+        if self._is_crowded:
+            self._is_crowded = False
+            self.epoll.register(self._listener, select.EPOLLIN)
         try:
             while self._wakeup.recv(4096):
                 pass
@@ -189,25 +253,46 @@ class Sessions:
             except Exception as error:  # a damaged greeting, or no room for the semaphore
                 answer = {"refused": "ProtocolError", "text": f"it cannot be admitted: {error!r}"}
             try:
+                newcomer.setblocking(False)  # one that does not read must not hold us up; a welcome is short
                 handshake.welcome(newcomer, answer)
             except OSError:
                 pass  # it has gone; the poll will notice
             if "refused" in answer:
                 newcomer.close()
                 continue
-            session = self._by_slot[answer["slot"]]
-            session.stream = Stream(newcomer)
+            tenancy = self._gate.tenancy(answer["slot"])
+            identity = Identity.of(tenancy.pid)
+            session = Session(Stream(newcomer), tenancy.slot, tenancy.tenant, identity)
+            session.answered = self._receipts.of(tenancy.tenant) or None
+            self._enter(session)
             self._watch(session, select.EPOLLIN, new=True)
-            if session.pidfd >= 0:
-                self._watched[session.pidfd] = session
-                self.epoll.register(session.pidfd, select.EPOLLIN)
             logger.debug("pid %d attached in slot %d", session.identity.pid, session.slot)
+
+    def _enter(self, session: Session) -> None:
+        former = self._by_slot.get(session.slot)
+        if former is not None:
+            self._unwatch_pid(former)
+        self._by_slot[session.slot] = session
+        if session.pidfd >= 0:
+            self._watched[session.pidfd] = session
+            self.epoll.register(session.pidfd, select.EPOLLIN)
+
+    def expect(self, tenancies: list[Tenancy], boot: int) -> None:
+        """After a takeover: these had a slot, and may come back to it."""
+        self._grace = time.monotonic() + GRACE
+        for tenancy in tenancies:
+            session = Session(None, tenancy.slot, tenancy.tenant, Identity(tenancy.pid, tenancy.start, boot))
+            # The descriptor may be that of a process which has the pid by now.
+            session.is_dead = session.identity.is_dead()
+            self._enter(session)
+        self.has_leavers = True
+        self.reclaim()
 
     def _admit(self, newcomer: socket.socket, greeting: dict[str, Any]) -> dict[str, Any]:
         if greeting.get("protocol") != wire.PROTOCOL:
             raise _Refused(
                 "ProtocolError",
-                f"it speaks protocol {greeting.get('protocol')!r}, the coordinator {wire.PROTOCOL}; "
+                f"it speaks protocol {greeting.get('protocol')!s:.20}, the coordinator {wire.PROTOCOL}; "
                 "use the same version of strictflow-mp in all processes of a flow",
             )
         python = sys.version_info[:2]
@@ -217,24 +302,51 @@ class Sessions:
                 f"it runs Python {'.'.join(map(str, greeting.get('python', '?')))}, the coordinator "
                 f"{'.'.join(map(str, python))}; functions travel between them, so they must be the same",
             )
+        paths = greeting.get("path")
+        if type(paths) is not list or len(paths) > PATHS or not all(type(path) is str for path in paths):
+            raise _Refused("ProtocolError", "its greeting is damaged")
+        known = set(sys.path)
+        if len(known) + len(paths) <= ALL_PATHS:
+            sys.path += [path for path in dict.fromkeys(paths) if path not in known]
         pid = handshake.peer(newcomer)[0] or int(greeting.get("pid", 0))
+        if greeting.get("resume") is not None:
+            slot, tenant = self._let_back(pid, *greeting["resume"])
+            return {**self._welcome, "slot": slot, "tenant": tenant, "semaphore": self._gate.semaphore_of(slot)}
         identity = Identity.of(pid)
-        slot = self._free_slot(identity)
-        if slot is None:
+        self._forget_tries(identity)
+        free = self._free_slot()
+        if free is None:
             raise _Refused(
                 "TooManyWorkers",
                 f"all {self._segment.slots - 1} places are taken by live processes; "
                 "start the flow with a larger max_workers=",
             )
-        paths = greeting.get("path")
-        if type(paths) is not list or not all(type(path) is str for path in paths):
-            raise _Refused("ProtocolError", "its greeting is damaged")
-        sys.path += [path for path in paths if path not in sys.path]
-        semaphore = self._gate.admit(slot, identity.pid, identity.start)
-        self._by_slot[slot] = Session(None, slot, identity)  # type: ignore[arg-type]
-        return {**self._welcome, "slot": slot, "semaphore": semaphore}
+        semaphore = self._gate.admit(free, identity.pid, identity.start)
+        tenant = self._gate.tenancy(free).tenant
+        return {**self._welcome, "slot": free, "tenant": tenant, "semaphore": semaphore}
 
-    def _free_slot(self, newcomer: Identity) -> int | None:
+    def _let_back(self, pid: int, slot: int, tenant: int, first: int) -> tuple[int, int]:
+        """Somebody comes back to the slot that it had; its first P1 without an answer has number *first*."""
+        session = self._by_slot.get(slot)
+        if session is None or session.said_goodbye or (session.tenant, session.identity.pid) != (tenant, pid):
+            raise _Refused("CoordinatorLost", f"slot {slot} is no longer kept for tenant {tenant}")
+        if not session.is_away:
+            # It was here already, and a signal handler raised before it knew. It sends everything once more.
+            self.close(session)
+            self._has_returned(slot)
+        if first > 0:
+            self._gate.raise_again(slot, first)
+        return slot, tenant
+
+    def _forget_tries(self, newcomer: Identity) -> None:
+        """A process that attaches anew has given up what it had from a dead coordinator, unless it reads there."""
+        for session in self:
+            mine = session.is_away and session.identity[:2] == newcomer[:2]
+            if mine and not has_pins(self._segment, session.slot):
+                self._release(session)
+
+    def _free_slot(self) -> int | None:
+        self._look_again = 0.0
         self.reclaim()
         for slot in range(1, self._segment.slots):
             if slot not in self._by_slot:
@@ -280,6 +392,7 @@ class Sessions:
     def close(self, session: Session) -> None:
         """Close a connection; its slot stays taken until `reclaim` may have it."""
         self.has_leavers = True
+        self._look_again = 0.0
         if session.is_open:
             session.is_open = False
             descriptor = session.stream.fileno()
@@ -289,11 +402,15 @@ class Sessions:
 
     def reclaim(self) -> None:
         """Take back the slots of processes that are proved dead or have said goodbye."""
+        now = time.monotonic()
+        if now < self._look_again:
+            return
+        self._look_again = 0.0
         self.has_leavers = False
         for session in self:
             if session.is_open:
                 continue
-            if not session.queued:
+            if not session.queued and not (session.is_away and now < self._grace):
                 self._gate.lift(session.slot)
             if session.queued:
                 self.has_leavers = True
@@ -302,9 +419,11 @@ class Sessions:
             else:
                 # It lives, and may still raise its flag: look again and again.
                 self.has_leavers = True
+                self._look_again = now + AGAIN
 
     def _release(self, session: Session) -> None:
         self._unwatch_pid(session)
+        self._receipts.forget(session.tenant)
         clear_pins(self._segment, session.slot)
         self._gate.dismiss(session.slot)
         del self._by_slot[session.slot]
@@ -315,9 +434,17 @@ class Sessions:
     @property
     def is_deserted(self) -> bool:
         """Whether the owner is proved dead and nobody is attached: time to end."""
-        if self._owner is None or self._ready or any(session.is_open for session in self._by_slot.values()):
+        if self._owner is None or self._ready:
+            return False
+        if any(session.is_open or session.is_away for session in self._by_slot.values()):
             return False
         return self._owner.is_dead()
+
+    def descriptors(self) -> list[int]:
+        """Every descriptor that a forked child must close."""
+        streams = [session.stream.fileno() for session in self if session.is_open]
+        others = (self._listener.fileno(), self._wakeup.fileno(), self._wake.fileno(), self.epoll.fileno())
+        return [*streams, *others]
 
     def close_all(self, before: Callable[[Session], None] = lambda session: None) -> None:
         """Close everything."""

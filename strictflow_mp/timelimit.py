@@ -1,11 +1,14 @@
 """The time limit: stops a task that runs too long, in the main thread of the coordinator.
 
-A timer's signal raises an exception in the task. That interrupts Python code and waiting system calls, but not
-a call into C that never returns.
+A timer's signal raises an exception in the task. That interrupts Python code and waiting system calls. A call into C
+that never returns, and a task that catches everything, are not stopped by it: `LAST` seconds later a thread of
+faulthandler, which needs no GIL, writes the task's traceback to standard error and ends the process. The next
+coordinator then knows from `suspect` whose time was up.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +17,9 @@ __all__ = ["TimeLimit"]
 
 AGAIN = 0.05
 """Seconds after which a task that swallowed the stop is stopped again."""
+LAST = 1.0
+"""Seconds after which the process is ended, for nothing else helps."""
+STDERR = 2
 
 
 class _Overrun(BaseException):
@@ -35,6 +41,7 @@ class TimeLimit:
         try:
             try:
                 self._is_armed = True
+                faulthandler.dump_traceback_later(seconds + LAST, exit=True, file=STDERR)
                 signal.setitimer(signal.ITIMER_REAL, seconds, AGAIN)
                 result = function()
             finally:
@@ -50,6 +57,7 @@ class TimeLimit:
         # This first: a signal that is on its way then strikes nobody.
         self._is_armed = False
         signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
 
     def _strike(self, number: int, frame: Any) -> None:
         if self._is_armed:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, MutableMapping
 from typing import Any
 
-from .store import BURST_BYTES, StoreReader, StoreWriter, Version
+from .store import BURST_BYTES, Receipt, StoreReader, StoreWriter, Version
 from .values import pack, pack_key, unpack, unpack_key
 
 __all__ = ["Burst", "Transaction"]
@@ -59,24 +59,33 @@ class Burst:
             if payload is not None:
                 yield key
 
-    def apply(self, changes: Changes) -> None:
-        """Take over a task's changes.
+    def apply(self, changes: Changes, receipt: Receipt | None = None) -> None:
+        """Take over a task's changes, and its receipt: they are committed together.
 
         Raises:
             StateFull: there is no room; none was taken over.
         """
+        if not changes:
+            self._note(receipt)
+            return
         weight = sum([len(key) + len(payload or b"") + CELL_OVERHEAD for key, payload in changes.items()])
         if self._weight + weight > BURST_BYTES:
             # Too heavy to be sure of its room: what is there is committed first, so that it can only harm itself.
             self.publish()
+            self._note(receipt)
             self._changes = dict(changes)
             try:
                 self.publish()
             finally:
                 self._begin()
             return
+        self._note(receipt)
         self._weight += weight
         self._changes.update(changes)
+
+    def _note(self, receipt: Receipt | None) -> None:
+        if receipt is not None:
+            self._writer.receipts.add(receipt)
 
     def publish(self) -> None:
         """Commit what was applied, if it amounts to anything.

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from struct import error as StructError
 from typing import Any, Final
 
-from msgpack import unpackb
+from msgpack import UnpackException, unpackb
 
 from . import arrays, culprit
-from .errors import ProtocolError, SerializationError, StrictFlowError
+from .errors import FAULTS, ProtocolError, SerializationError, StrictFlowError
 from .extensions import NAMES, Decode, Encoder, encoder
 from .frozen import FrozenDict, FrozenList
 
@@ -34,6 +34,9 @@ _KEEP: Final = 1 << 20  # bytes: an encoder never gives memory back, so one that
 # call takes one out of this list and puts it back: both are atomic, nothing is locked, and a forked child
 # finds only idle ones here.
 _idle: list[Encoder] = []
+
+
+_FAULTS = (*FAULTS, UnpackException)
 
 
 def pack(value: Any, path: str = "value") -> bytes:
@@ -59,7 +62,7 @@ def pack(value: Any, path: str = "value") -> bytes:
         if parts:
             data = arrays.join(data, parts)
             parts.clear()
-    except Exception as error:
+    except _FAULTS as error:
         return _pack_again(value, path, error)
     if len(data) <= _KEEP:
         _idle.append(idle)
@@ -76,7 +79,7 @@ def _pack_again(value: Any, path: str, error: Exception) -> bytes:
         try:
             data = encode(value)
             return arrays.join(data, parts) if parts else data
-        except Exception as second:
+        except _FAULTS as second:
             path, reason = culprit.find(value, path, second, encode)
     else:
         path, reason = culprit.find(value, path, error, encode)
@@ -99,7 +102,7 @@ def unpack(data: Packed) -> Any:
     try:
         # As `Decode.unpack`, spelled out: another call, or a partial, takes a third more.
         return unpackb(data, ext_hook=_plain, strict_map_key=False, unicode_errors="surrogatepass")
-    except Exception as error:
+    except _FAULTS as error:
         return _unpack_framed(data, error, frozen=False)
 
 
@@ -125,7 +128,7 @@ def unpack_frozen(data: Packed, hold: Callable[[Any], object] | None = None) -> 
             strict_map_key=False,
             unicode_errors="surrogatepass",
         )
-    except Exception as error:
+    except _FAULTS as error:
         return _unpack_framed(data, error, frozen=True, hold=hold)
 
 
@@ -148,7 +151,7 @@ def _unpack_framed(data: Packed, error: Exception, *, frozen: bool, hold: Callab
         return Decode(frozen=frozen, area=area, hold=hold).unpack(body)
     except _NOT_DAMAGE:
         raise
-    except Exception as second:
+    except _FAULTS as second:
         raise _damaged(second) from second
 
 

@@ -5,14 +5,17 @@ A connection carries a stream of msgpack arrays in both directions. msgpack need
 Client to coordinator::
 
     [FUNCTION, id, by_value, code, name, priority, key, timeout]   once for each function and connection
-    [CALL, seq, id, arguments, flag]   arguments: packed [args, kwargs], or b"" for none
-    [PUT, seq, [[key, payload or nil]], flag]  P1; nil deletes
+    [CALL, seq, id, arguments, flag, ack]   arguments: packed [args, kwargs], or b"" for none
+    [PUT, seq, [[key, payload or nil]], flag, ack]  P1; nil deletes
+    [COUNT, flag]                      count up to that number, in its turn: nobody sends those P1 tasks again
+    [ACK, ack]                         the answers of P1 tasks up to that seq have arrived
     [CANCEL, seq, other]               asks whether task `other` is still to be had back
     [STATS, seq]
     [STOP, seq, drain]
     [GOODBYE]                          the client will not touch its slot again
 
-`flag` is a P1's number in its slot (`gate`), 0 for a P2.
+`flag` is a P1's number in its slot (`gate`), 0 for a P2. After the coordinator's death a process sends its functions,
+and every frame that has no answer yet, once more to the next one.
 
 Coordinator to client::
 
@@ -27,22 +30,27 @@ A frame that breaks a limit or the form closes its own connection, and no other.
 from __future__ import annotations
 
 import socket
+from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import msgpack
 
-from .errors import ProtocolError
+from .errors import FAULTS, ProtocolError
 
-__all__ = ["MAX_FRAME", "PROTOCOL", "Frame", "Stream", "check_fields", "pack_frame"]
+__all__ = ["MAX_FRAME", "PROTOCOL", "Frame", "Stream", "check_fields", "pack_frame", "unpack_frame"]
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of everything in this module."""
 
 MAX_FRAME = 1 << 30
 """Bytes in a frame, at most."""
 
-FUNCTION, CALL, PUT, CANCEL, STATS, STOP, GOODBYE = range(1, 8)
+MAX_FIELDS = 1 << 19
+"""Fields in a frame, or changes in a put, at most: what is announced is set aside before it comes."""
+
+FUNCTION, CALL, PUT, CANCEL, STATS, STOP, GOODBYE, ACK, COUNT = range(1, 10)
 RESULT, FAILURE, CANCELLED, REFUSED = range(1, 5)
 
 RECEIVE = 1 << 18
@@ -58,6 +66,14 @@ def pack_frame(*fields: Any) -> bytes:
     return packed
 
 
+def unpack_frame(data: bytes) -> Frame:
+    """One frame that `pack_frame` made."""
+    frame: Frame = msgpack.unpackb(
+        data, raw=False, use_list=False, strict_map_key=False, unicode_errors="surrogatepass"
+    )
+    return frame
+
+
 class Stream:
     """A connected socket that carries frames. Not thread-safe; its users lock."""
 
@@ -71,9 +87,14 @@ class Stream:
             use_list=False,
             strict_map_key=False,
             max_buffer_size=MAX_FRAME,
+            max_array_len=MAX_FIELDS,
+            max_map_len=MAX_FIELDS,
             unicode_errors="surrogatepass",
         )
+        self._count: dict[str, int] = {}
+        self.inbox: deque[Frame] = deque()
         self._unsent = bytearray()
+        self.is_drained = False  # whether the last portion was all that there was
         self.has_ended = False
 
     def fileno(self) -> int:
@@ -81,33 +102,54 @@ class Stream:
         return self.socket.fileno()
 
     def receive(self) -> list[Frame] | None:
-        """The frames that have arrived, perhaps none; None when the other end has closed.
+        """The frames that have arrived, up to a portion, perhaps none; None when the other end has closed.
 
         Raises:
             ProtocolError: what arrived is not a frame, or too long.
         """
-        frames: list[Frame] = []
-        unpacker = self._unpacker
-        while True:
-            try:
-                count = self.socket.recv_into(self._view)
-            except BlockingIOError:
-                return frames
-            except (ConnectionResetError, BrokenPipeError):
-                count = 0
-            if not count:
-                self.has_ended = True
-                return frames or None
-            try:
-                unpacker.feed(self._view[:count])
-                frames += unpacker
-            except Exception as error:
-                raise ProtocolError(f"a damaged frame arrived ({str(error) or type(error).__name__})") from error
-            for frame in frames:
-                if type(frame) is not tuple or not frame:
-                    raise ProtocolError(f"a frame must be an array, not {type(frame).__name__}")
-            if count < RECEIVE:
-                return frames
+        if not self.fill():
+            return None
+        frames = list(self.inbox)
+        self.inbox.clear()
+        return frames
+
+    def fill(self) -> bool:
+        """As `receive`, but leave the frames in `inbox`; False when the other end has closed.
+
+        A signal handler may raise between any two bytecodes. So what is read goes from the socket into the unpacker,
+        and from there into the inbox, in one C call each: nothing that has left the kernel can be lost.
+        """
+        self.is_drained = True
+        count, view = self._count, self._view
+        count.clear()
+        steps = map(self.socket.recv_into, (view,))
+        noted = map(count.setdefault, ("bytes",), steps)
+        try:
+            deque(map(self._unpacker.feed, map(view.__getitem__, map(slice, noted))), maxlen=0)
+        except BlockingIOError:
+            return True
+        except (ConnectionResetError, BrokenPipeError):
+            count["bytes"] = 0
+        except (ValueError, msgpack.UnpackException) as error:
+            raise ProtocolError(f"a frame is too long ({error})") from error
+        if not count["bytes"]:
+            self.has_ended = True
+            return False
+        self.is_drained = count["bytes"] < RECEIVE
+        self.unpack()
+        return True
+
+    def unpack(self) -> bool:
+        """Move what has been read whole into `inbox`; whether anything is there."""
+        first = len(self.inbox)
+        try:
+            self.inbox.extend(self._unpacker)
+        except (*FAULTS, msgpack.UnpackException) as error:
+            raise ProtocolError(f"a damaged frame arrived ({str(error) or type(error).__name__})") from error
+        for frame in islice(self.inbox, first, None):
+            if type(frame) is not tuple or not frame:
+                raise ProtocolError(f"a frame must be an array, not {type(frame).__name__}")
+        return bool(self.inbox)
 
     def send(self, data: bytes) -> bool:
         """Send, or keep for `flush` what the other end has no room for; False when some was kept.

@@ -23,6 +23,10 @@ from leaks import VARIABLE, Watch, wait_for
 DEADLINE = 10.0
 """Seconds that what a test started has for ending after the test."""
 
+# OpenBLAS would start threads when NumPy is imported, and from 3.15 on fork() in a process with threads is a warning
+# that can be an error. A test that wants to fork amid threads starts them itself, and says so.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 settings.register_profile("default", deadline=None, max_examples=50, print_blob=True)
 settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -109,6 +109,8 @@ def _mapped_by_others(ours: list[psutil.Process]) -> set[int]:
 
     Not names: who created a semaphore has it mapped under the name that it had before it was complete.
     """
+    number = SHARED.stat().st_dev
+    device = f"{os.major(number):02x}:{os.minor(number):02x}"  # a path would look different from within a chroot
     known = {process.pid for process in ours} | {os.getpid()}
     inodes = set()
     for pid in set(psutil.pids()) - known:
@@ -116,7 +118,8 @@ def _mapped_by_others(ours: list[psutil.Process]) -> set[int]:
             maps = Path(f"/proc/{pid}/maps").read_text()
         except OSError:
             continue  # it has ended, or is not ours to look at
-        inodes |= {int(line.split(maxsplit=5)[4]) for line in maps.splitlines() if f" {SHARED}/" in line}
+        fields = [line.split(maxsplit=5) for line in maps.splitlines()]
+        inodes |= {int(inode) for _, _, _, where, inode, *_ in fields if where == device}
     return inodes
 
 

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 from strictflow_mp import gate, state, transaction
 from strictflow_mp.client import Client
-from strictflow_mp.segment import W_CLAIMED
+from strictflow_mp.segment import W_LOADING
 from strictflow_mp.store import commit, pins, reader
 from strictflow_mp.store.trie import LEVELS
 
-W_NEVER_WRITTEN = W_CLAIMED + 1
+W_NEVER_WRITTEN = W_LOADING + 1
 
 
 def reuse_memory_at_once() -> None:

@@ -133,7 +133,7 @@ def test_a_read_passes_at_once_when_nothing_is_unfinished(house, sound_asleep):
     house.gate(1).raise_flag(1)
     house.keeper.finish({1: 1})
     assert house.gate(2).is_open()
-    assert house.gate(2).wait(-math.inf, nothing) is True
+    assert house.reader(2, -math.inf).result() is True
 
 
 def test_a_read_waits_for_every_task_submitted_before_it(house, asleep, eventually):
@@ -187,8 +187,8 @@ def test_a_task_that_is_finished_before_it_is_counted_raises_no_flag(house):
 
 def test_a_read_gives_up_when_its_deadline_has_passed(house, sound_asleep):
     house.gate(1).raise_flag(1)
-    assert house.gate(2).wait(time.monotonic() - 1, nothing) is False
-    assert house.gate(2).wait(time.monotonic() + 0.02, nothing) is False
+    assert house.reader(2, time.monotonic() - 1).result() is False
+    assert house.reader(2, time.monotonic() + 0.02).result() is False
     assert not house.sleeps(2)
 
 
@@ -228,7 +228,7 @@ def test_a_long_wait_sleeps_until_a_post(house, sound_asleep, eventually):
     house.gate(1).raise_flag(1)
     reader = house.reader(2)
     eventually(lambda: house.sleeps(2))
-    assert house.gate(3).wait(time.monotonic() + 0.02, nothing) is False
+    assert house.reader(3, time.monotonic() + 0.02).result() is False
     assert reader.looks == 0, "it looked again though nobody had woken it"
     house.keeper.finish({1: 1})
     assert reader.result() is True

@@ -18,9 +18,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 from watched import WatchedSegment
 
+from strictflow_mp import segment as segments
 from strictflow_mp.errors import StateFull
 from strictflow_mp.segment import PINS, W_HORIZON, W_VERSION, Segment
-from strictflow_mp.store import PinnedVersions, Pins, StoreReader, StoreWriter, Version, clear_pins, commit, pins
+from strictflow_mp.store import (
+    PinnedVersions,
+    Pins,
+    Receipt,
+    StoreReader,
+    StoreWriter,
+    Version,
+    clear_pins,
+    commit,
+    pins,
+    read_receipts,
+)
 from strictflow_mp.store import arena as arenas
 
 EXACT = PINS - 1
@@ -466,6 +478,7 @@ def test_a_forked_child_cannot_let_go_of_what_its_parent_has_pinned(segment, rea
     assert is_whole(reader, version)
 
 
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_child_forked_while_a_thread_pins_can_let_go_without_waiting_for_it(segment, reader):
     """The thread that had the lock does not exist in the child."""
     version = reader.pin()
@@ -486,3 +499,56 @@ def _hold(lock: Any, locked: threading.Event, leave: threading.Event) -> None:
     with lock:
         locked.set()
         leave.wait()
+
+
+@pytest.mark.parametrize("age", [10, 255, 256, 300])
+def test_a_pinned_version_is_whole_after_a_takeover_however_old_it_is(segment, writer, reader, age):
+    version = reader.pin()
+    advance(writer, age)
+    heir = StoreWriter(segment, "pins")
+    heir.recover()
+    advance(heir, 30)
+    assert is_whole(reader, version)
+
+
+def test_a_pinned_version_is_whole_after_a_takeover_from_a_writer_that_died_over_the_next_record(
+    segment, writer, reader
+):
+    version = reader.pin()
+    advance(writer, 255)
+    record = segments.W_RING + (writer.version + 1) % segments.RING * segments.RECORD
+    segment.words[record] = writer.version + 1  # as far as it came
+    heir = StoreWriter(segment, "pins")
+    heir.recover()
+    advance(heir, 30)
+    assert is_whole(reader, version)
+
+
+def test_receipts_survive_a_takeover_and_leave_when_they_are_acknowledged(segment, writer):
+    for seq in range(1, 101):
+        writer.receipts.add(Receipt(1 + seq % 2, seq, seq, b"answer %d" % seq))
+        if seq % 10 == 0:
+            advance(writer)
+    heir = StoreWriter(segment, "pins")
+    heir.recover()
+    assert heir.receipts.of(1) == {seq: b"answer %d" % seq for seq in range(2, 101, 2)}
+    heir.receipts.acknowledge(1, 90)
+    heir.receipts.forget(2)
+    advance(heir)
+    assert [receipt.seq for receipt in read_receipts(segment)] == [92, 94, 96, 98, 100]
+    used = heir.arena.used
+    for _ in range(50):
+        heir.receipts.add(Receipt(3, 1, 1, b"x" * 100_000))
+        advance(heir)
+        heir.receipts.acknowledge(3, 1)
+    heir.receipts.forget(1)
+    advance(heir, 2)
+    assert read_receipts(segment) == []
+    assert heir.arena.used <= used + 4096
+
+
+def test_an_answer_that_finds_no_room_leaves_its_receipt(segment, writer):
+    writer.receipts.add(Receipt(1, 1, 1, bytes(2 * CAPACITY)))
+    writer.receipts.add(Receipt(1, 2, 2, b"short"))
+    advance(writer)
+    assert [(receipt.seq, receipt.answer) for receipt in read_receipts(segment)] == [(1, b""), (2, b"short")]

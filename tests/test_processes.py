@@ -203,7 +203,7 @@ def test_too_many_workers_is_said_in_the_process_that_is_too_many(flow):
 
 EARLY = """
 import time
-from strictflow_mp import StrictFlow, client
+from strictflow_mp import StrictFlow, connection
 
 class Clock:
     monotonic = staticmethod(time.monotonic)
@@ -212,7 +212,7 @@ class Clock:
         print("nobody there", flush=True)
         time.sleep(seconds)
 
-client.time = Clock
+connection.time = Clock
 print(StrictFlow("late").state["n"])
 """
 

@@ -49,6 +49,7 @@ def test_no_reader_sees_a_torn_mixed_or_stale_state(flow, board, reads, hardship
     assert min(board.returned) > 0
 
 
+@pytest.mark.proof
 @pytest.mark.parametrize(
     ("seen", "broken"),
     [

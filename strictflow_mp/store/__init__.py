@@ -1,11 +1,25 @@
 """The store: a persistent tree in shared memory, one root flip for each commit.
 
 `arena` finds room, `trie` lays out and edits the tree, `commit` publishes versions, `reader` reads them,
-`pins` keeps old ones alive for snapshots.
+`pins` keeps old ones alive for snapshots, `receipts` says in each commit whose tasks are in it.
 """
 
 from .commit import BURST_BYTES, StoreWriter
-from .pins import PinnedVersions, Pins, clear_pins
+from .pins import PinnedVersions, Pins, clear_pins, has_pins
 from .reader import Cell, StoreReader, Version
+from .receipts import Receipt, Receipts, read_receipts
 
-__all__ = ["BURST_BYTES", "Cell", "PinnedVersions", "Pins", "StoreReader", "StoreWriter", "Version", "clear_pins"]
+__all__ = [
+    "BURST_BYTES",
+    "Cell",
+    "PinnedVersions",
+    "Pins",
+    "Receipt",
+    "Receipts",
+    "StoreReader",
+    "StoreWriter",
+    "Version",
+    "clear_pins",
+    "has_pins",
+    "read_receipts",
+]

@@ -114,8 +114,8 @@ class Arena:
         except StateFull:
             pass
 
-    def rebuild(self, used: Iterable[tuple[int, int]]) -> None:
-        """Forget everything; what is not in *used* (index, size in words) is free."""
+    def rebuild(self, used: Iterable[tuple[int, int]], *, keep_gaps: bool = False) -> None:
+        """Forget everything; what is not in *used* (index, size in words) is free, unless *keep_gaps*."""
         self._free.clear()
         self._spare.clear()
         self.used = 0
@@ -128,9 +128,12 @@ class Arena:
             self.used += size
             position = index + size
         self._cursor, self._end = position, self._segment.words_claimed
-        self._spare = sorted(gaps, key=_size_of)
+        if keep_gaps:
+            self._cursor = self._end
+            self.used = self._end - self.start
+        else:
+            self._spare = sorted(gaps, key=_size_of)
         self._reserve = []
-        self.refill_reserve()
 
     def _refill(self, size: int) -> None:
         """Make the bump region at least *size* words long."""

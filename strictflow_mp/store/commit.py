@@ -5,7 +5,7 @@ Written by: the coordinator alone.
 Read by: everybody (`reader`).
 Order of a commit, each step seen by others before the next (store-store; free on x86-64)::
 
-    1  cells and nodes of the new version, private so far
+    1  cells and nodes of the new version, and its receipts (`receipts`); private so far
     2  HORIZON raised past the version whose record the ring slot still holds
     3  the commit record
     4  VERSION, one store: the commit
@@ -20,13 +20,16 @@ What a commit replaces rests before it is reused, so that a read almost never me
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Mapping
 
 from ..errors import StateFull
 from ..segment import (
+    R_BASE,
     R_COUNT,
+    R_DELTA,
     R_ROOT,
     R_TIME,
     R_VERSION,
@@ -39,10 +42,13 @@ from ..segment import (
 )
 from ..words import WORD, fence, publish_fence
 from .arena import Arena, block_size
-from .pins import PinnedVersions
+from .pins import PinnedVersions, clear_pins
+from .receipts import Receipts
 from .trie import CELL_HEAD, KEY_SHIFT, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
 
 __all__ = ["BURST_BYTES", "StoreWriter"]
+
+audit = sys.audit
 
 REST_WORDS = 1 << 19
 """Replaced memory that rests before it is reused: 4 MiB, or an eighth of what is claimed if that is more."""
@@ -67,6 +73,7 @@ class StoreWriter:
         self.hash = Hash(segment.hash_key)
         self.arena = Arena(segment, flow, NODE)
         self.trie = Trie(segment.words, segment.buffer, self.arena, self.hash)
+        self.receipts = Receipts(segment, self.arena)
         self._resting: deque[tuple[int, list[int], int]] = deque()  # version, pointers, words
         self._resting_words = 0
         self._held: list[tuple[int, int]] = []  # (replaced at, pointer): spared for a pin
@@ -78,11 +85,16 @@ class StoreWriter:
     def create(self) -> None:
         """Begin with an empty state, version 0."""
         self.arena.prepare()
+        self.receipts.prepare()
         self._begin()
 
     def recover(self) -> None:
-        """Take over a segment whose writer died: whatever no version that anybody needs reaches is free."""
+        """Take over a segment whose writer died: whatever no version that anybody needs reaches is free.
+
+        Stores HORIZON and the coordinator's own pins, nothing else: dying here changes nothing.
+        """
         words = self._words
+        clear_pins(self._segment, 0)  # the dead writer's own
         self.version = words[W_VERSION]
         _, self._root, self._count = self._record(self.version)
         # Readers of older versions without a pin look again.
@@ -90,15 +102,24 @@ class StoreWriter:
         fence()
         used = dict(self._blocks(self._root))
         pinned = PinnedVersions(self._segment)
+        reach = self.version
         for version in range(max(0, self.version - RING + 1), self.version):
             number, root, _ = self._record(version)
-            if number == version and pinned.needs(version, version + 1):
+            if number != version:
+                continue  # the dead writer was about to overwrite it
+            reach = min(reach, version)
+            if pinned.needs(version, version + 1):
                 for pointer, block in self._blocks(root):
                     if pointer not in used:
                         used[pointer] = block
                         self._held.append((self.version, pointer))
         self._held_for = pinned
-        self.arena.rebuild(used.values())
+        # A snapshot older than all records: nobody can say what it reaches, so nothing that may be its is reused,
+        # until the flow is stopped or taken over once more.
+        is_known = pinned.oldest is None or pinned.oldest >= reach
+        self.arena.rebuild([*used.values(), *self.receipts.blocks()], keep_gaps=not is_known)
+        self.receipts.recover()
+        self.arena.refill_reserve()
         self._begin()
 
     def _record(self, version: int) -> tuple[int, int, int]:
@@ -132,7 +153,8 @@ class StoreWriter:
         Raises:
             StateFull: there is no room, even with all that rests; nothing was changed.
         """
-        self._build(changes)
+        base, delta = self._build(changes)
+        audit("strictflow_mp.commit.built")
         trie, words = self.trie, self._words
         version = self.version + 1
         floor = version - RING + 1
@@ -140,14 +162,20 @@ class StoreWriter:
             words[W_HORIZON] = floor
             # HORIZON before the record that overwrites version - 256's (store-store).
             publish_fence()
+        audit("strictflow_mp.commit.horizon")
         record = W_RING + version % RING * RECORD
         words[record + R_VERSION] = version
         words[record + R_ROOT] = trie.root
         words[record + R_COUNT] = trie.count
         words[record + R_TIME] = time.time_ns()
+        words[record + R_BASE] = base
+        words[record + R_DELTA] = delta
+        audit("strictflow_mp.commit.recorded")
         # All that the version reaches before the version itself (store-store).
         publish_fence()
         words[W_VERSION] = version
+        audit("strictflow_mp.commit.flipped")
+        self.receipts.committed()
         self.version, self._root, self._count = version, trie.root, trie.count
         if trie.replaced:
             self._rest(version, trie.replaced)
@@ -157,15 +185,18 @@ class StoreWriter:
         self._begin()
         return version
 
-    def _build(self, changes: Mapping[bytes, bytes | None]) -> None:
-        """Build the next version's tree, if need be with what rests, and (only to delete) with the reserve."""
+    def _build(self, changes: Mapping[bytes, bytes | None]) -> tuple[int, int]:
+        """Build the next version's tree, if need be with what rests, and (only to delete) with the reserve.
+
+        Return the blocks of its receipts.
+        """
         means = [self._reclaim_all]
         if not any(payload is not None for payload in changes.values()):
             means.append(self.arena.open_reserve)
         while True:
             try:
                 self._apply(changes)
-                return
+                return self.receipts.write()
             except StateFull:
                 self._undo()
                 while means and not means[0]():
@@ -223,6 +254,7 @@ class StoreWriter:
             return False
         if horizon > words[W_HORIZON]:
             words[W_HORIZON] = horizon
+        audit("strictflow_mp.reclaim.horizon")
         # HORIZON must be seen before the pins are looked at (store-load).
         fence()
         pinned = PinnedVersions(self._segment)

@@ -24,7 +24,7 @@ from collections import deque
 from ..segment import PINS, W_HORIZON, Segment
 from ..words import fence
 
-__all__ = ["PinnedVersions", "Pins", "clear_pins"]
+__all__ = ["PinnedVersions", "Pins", "clear_pins", "has_pins"]
 
 FLOOR = PINS - 1
 
@@ -159,6 +159,12 @@ class PinnedVersions:
 
     def __repr__(self) -> str:
         return f"<PinnedVersions {self.exact} floor={self.floor}>"
+
+
+def has_pins(segment: Segment, slot: int) -> bool:
+    """Whether the slot's process has anything pinned."""
+    base = segment.pins + slot * PINS
+    return any(segment.words[base : base + PINS])
 
 
 def clear_pins(segment: Segment, slot: int) -> None:

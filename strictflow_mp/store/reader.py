@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+from ..errors import ProtocolError
 from ..segment import R_COUNT, R_ROOT, RECORD, RING, W_HORIZON, W_RING, W_VERSION, Segment
 from ..words import WORD, read_fence
 from .pins import Pins
@@ -24,10 +25,17 @@ __all__ = ["Cell", "StoreReader", "Version"]
 TRIES = 16
 """Plain reads that the horizon may overtake before a read takes a pin."""
 
+PINNING = 10_000
+"""Pins that commits may overtake: each try has a newer version, so that never happens in a sound segment."""
+
 ARRAYS = 0xC1
 """First byte of a payload with arrays (`values`)."""
 
 _DEPTHS = range(LEVELS)
+
+
+def _damaged(name: str) -> ProtocolError:
+    return ProtocolError(f"shared memory {name!r} is damaged; stop the flow and start it anew")
 
 
 class Cell:
@@ -128,10 +136,16 @@ class StoreReader:
             self.unpin(pinned)
 
     def pin(self) -> Version:
-        """Pin the last committed version."""
-        while (version := self._pin(exact=False)) is None:
-            pass  # commits went by between the two steps: each try has a newer version
-        return version
+        """Pin the last committed version.
+
+        Raises:
+            ProtocolError: the segment is damaged.
+        """
+        for _ in range(PINNING):
+            version = self._pin(exact=False)
+            if version is not None:
+                return version
+        raise _damaged(self._segment.name)
 
     def pin_exact(self) -> Version | None:
         """As `pin`, or None when this process has no exact pin left."""
@@ -144,6 +158,8 @@ class StoreReader:
     def _pin(self, *, exact: bool) -> Version | None:
         words = self._words
         number = words[W_VERSION]
+        if number >> 63:
+            raise _damaged(self._segment.name)
         acquire = self._pins.acquire_exact if exact else self._pins.acquire
         if not acquire(number):
             return None
@@ -178,7 +194,10 @@ class StoreReader:
         except IndexError:
             # A pinned walk does not stray: the memory has grown since we looked.
             self._words, self._buffer = self._segment.claimed()
-            return self._find(version, key, digest)
+            try:
+                return self._find(version, key, digest)
+            except IndexError:
+                raise _damaged(self._segment.name) from None
 
     def _find(self, version: Version, key: bytes, digest: int) -> Cell | None:
         words = self._words
@@ -199,9 +218,12 @@ class StoreReader:
     def cells(self, version: Version) -> Iterator[Cell]:
         """Every cell of a pinned version, in the order of the hashes."""
         self._words, self._buffer = self._segment.claimed()
-        for pointer in walk(self._words, version.root):
-            if pointer & 1:
-                yield self._cell(pointer)
+        try:
+            for pointer in walk(self._words, version.root):
+                if pointer & 1:
+                    yield self._cell(pointer)
+        except IndexError:
+            raise _damaged(self._segment.name) from None
 
     def _cell(self, pointer: int) -> Cell:
         words, buffer = self._words, self._buffer

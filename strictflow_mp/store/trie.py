@@ -86,12 +86,20 @@ def deep_find(words: memoryview, pointer: int, key: bytes, hashing: Hash) -> int
 
 
 def walk(words: memoryview, root: int) -> Iterator[int]:
-    """Every pointer below *root*, nodes before what they hold. Safe under a pin only."""
+    """Every pointer below *root*, nodes before what they hold. Safe under a pin only.
+
+    Raises:
+        IndexError: the memory is damaged: it leads out of itself, or round in a circle.
+    """
     stack = [root] if root else []
+    left = len(words) // NODE  # there cannot be more nodes
     while stack:
         pointer = stack.pop()
         yield pointer
         if not pointer & 1:
+            left -= 1
+            if left < 0:
+                raise IndexError
             node = pointer >> 1
             stack += filter(None, words[node : node + FANOUT].tolist())
 

@@ -1,0 +1,90 @@
+"""The connection: how a process reaches the coordinator of a flow, the first time or again after a restart."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any
+
+from . import errors, wire
+from .errors import FlowNotRunning, ProtocolError
+from .rendezvous import Place
+from .wire import Stream
+
+__all__ = ["reach", "try_to_reach"]
+
+BUSY = 60.0
+"""Seconds that the handshake may take: SF-LOOP has no time for it while a P1 runs."""
+RETRY = 0.005
+
+
+def reach(name: str, timeout: float) -> tuple[Stream, dict[str, Any]]:
+    """Connect to a flow's coordinator; return the connection and its welcome.
+
+    Raises:
+        FlowNotRunning: none appeared within *timeout* seconds.
+        TooManyWorkers, ProtocolError: it does not take us.
+    """
+    deadline = time.monotonic() + timeout
+    while True:
+        reached = try_to_reach(name)
+        if reached is not None:
+            return reached
+        if time.monotonic() >= deadline:
+            raise FlowNotRunning(
+                f"no coordinator serves it (waited {timeout:g} s); start it with `with flow:` or "
+                f"`strictflow-mp serve {name}`, or check the name",
+                flow=name,
+            )
+        time.sleep(RETRY)
+
+
+def try_to_reach(
+    name: str, resume: tuple[int, int, int] | None = None, patience: float = BUSY
+) -> tuple[Stream, dict[str, Any]] | None:
+    """Try once; None when nobody is there, or it ended half-way.
+
+    Args:
+        resume: slot and tenant number that a former coordinator of the flow gave us, and the number of our first P1
+            that it did not answer (0: none).
+        patience: seconds that the handshake may take.
+
+    Raises:
+        TooManyWorkers, ProtocolError, CoordinatorLost: it does not take us.
+    """
+    from . import handshake  # multiprocessing.connection takes 8 ms to import
+
+    place = Place.of(name)
+    try:
+        place.check()
+        authkey = place.authkey()
+        sock = handshake.connect(place.socket, authkey, patience)
+    except (FileNotFoundError, ConnectionError, BlockingIOError, TimeoutError):
+        return None
+    except ProtocolError:
+        try:
+            if place.authkey() == authkey:
+                raise
+        except FileNotFoundError:
+            pass
+        return None  # the next coordinator was just moving in
+    greeting = {
+        "protocol": wire.PROTOCOL,
+        "pid": os.getpid(),
+        "python": sys.version_info[:2],
+        "path": [path for path in sys.path if path],
+        "resume": resume,
+    }
+    try:
+        welcome = handshake.greet(sock, greeting)
+        if "refused" in welcome:
+            kind = getattr(errors, str(welcome["refused"]), ProtocolError)
+            raise kind(str(welcome.get("text")), flow=name)
+        return Stream(sock), welcome
+    except (OSError, EOFError):
+        sock.close()
+        return None
+    except BaseException:
+        sock.close()
+        raise

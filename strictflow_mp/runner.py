@@ -1,0 +1,330 @@
+"""The runner: runs the tasks that SF-LOOP chooses, and answers them.
+
+Order of a burst: slot 0's flag is raised; the tasks run, each in its own transaction; one commit, with the receipts
+    of its tasks; finished[] is stored; readers are woken; answers leave. So an answer never speaks of a state that
+    cannot be read yet.
+If we die here: ahead of the commit no task of the burst has happened, behind it each has, and its receipt says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+from types import CoroutineType
+from typing import Any
+
+from . import wire
+from .core import logger, priority
+from .errors import IntegrityError, StateFull, StrictFlowError, TaskFailed, TaskTimeout
+from .failures import pack_failure
+from .gate import GateKeeper
+from .inside import Inside
+from .jobs import Call, Function, pack_result
+from .scheduler import Scheduler, State
+from .sessions import Session, Sessions
+from .stats import Counters
+from .stepper import Stepper, run_alone, within_time
+from .store import Receipt, StoreReader, StoreWriter
+from .suspect import Marker
+from .timelimit import TimeLimit
+from .transaction import Burst, Transaction
+from .values import unpack, unpack_key
+
+__all__ = ["Runner"]
+
+_NO_ARGUMENTS: tuple[Sequence[Any], dict[str, Any]] = ((), {})
+
+audit = sys.audit
+
+
+class Runner:
+    """Runs tasks, one at a time."""
+
+    def __init__(
+        self,
+        name: str,
+        writer: StoreWriter,
+        reader: StoreReader,
+        gate: GateKeeper,
+        sessions: Sessions,
+        marker: Marker,
+        scheduler: Scheduler,
+        stepper: Stepper,
+        inside: Inside,
+        task_timeout: float | None,
+    ) -> None:
+        self.name = name
+        self._writer = writer
+        self._reader = reader
+        self._gate = gate
+        self._sessions = sessions
+        self._marker = marker
+        self._scheduler = scheduler
+        self._stepper = stepper
+        self._inside = inside
+        self._task_timeout = task_timeout
+        self._time_limit = TimeLimit()
+        self._async_tasks: dict[tuple[int, int], asyncio.Task[Any]] = {}
+        self.counters = {1: Counters(), 2: Counters()}
+
+    # P1
+
+    def run_burst(self) -> None:
+        """Run the queued P1 tasks, as many as belong to a burst."""
+        gate, scheduler = self._gate, self._scheduler
+        gate.raise_own()
+        burst = Burst(self._writer, self._reader)
+        jobs: list[Call] = []
+        numbers: dict[int, int] = {}
+        tight = not self._writer.is_roomy()
+        committed = 0  # jobs ahead of this one are in a commit already
+        began = time.perf_counter()
+        while job := scheduler.next_write(len(jobs), time.perf_counter() - began):
+            assert isinstance(job, Call)
+            jobs.append(job)
+            if not job.is_void:
+                numbers[job.owner] = job.flag
+            if job.state is not State.CANCELLED:
+                commits = burst.commits
+                self._run_write(job, burst)
+                if burst.commits != commits:
+                    committed = len(jobs)
+            if tight:
+                break  # alone, so that it can only be itself that finds no room
+        audit("strictflow_mp.burst.ran")
+        try:
+            burst.publish()
+        except StateFull as full:
+            for job in jobs[committed:]:
+                if not job.has_failed and job.state is not State.CANCELLED:
+                    self.fail(job, full)
+                    self._note(job)
+        gate.finish(numbers, self._inside.first_due())
+        self._answer_writes(jobs)
+
+    def _answer_writes(self, jobs: list[Call]) -> None:
+        now = time.perf_counter_ns()
+        counters = self.counters[1]
+        answers: dict[Session, list[bytes]] = {}
+        for job in jobs:
+            session = job.session
+            if session is not None:
+                session.queued -= 1
+            if job.state is State.CANCELLED:
+                continue
+            counters.ran(now - job.arrived, failed=job.has_failed)
+            if session is not None:
+                answers.setdefault(session, []).append(job.answer)
+            elif job.future is not None:
+                job.future.settle(job.outcome, job.failure)
+        for session, frames in answers.items():
+            self._sessions.send(session, b"".join(frames))
+            audit("strictflow_mp.answer.sent")
+            if not session.is_open:
+                self._sessions.has_leavers = True
+
+    def _run_write(self, job: Call, burst: Burst) -> None:
+        token = priority.set(1)
+        transaction = self._inside.transaction = Transaction(burst)
+        try:
+            if job.function is not None:
+                try:
+                    self._marker.mark(job.owner, job.number)
+                    audit("strictflow_mp.task.marked")
+                    result = self._invoke(job, job.function, transaction)
+                    changes = transaction.changes()
+                    payload = pack_result(result, job)
+                finally:
+                    self._marker.clear()
+                job.outcome = result
+            else:
+                changes = job.changes
+                for key, value in changes.items():
+                    if value is None and burst.lookup(key) is None:
+                        raise KeyError(unpack_key(key))
+                payload = pack_result(None, job)
+            job.answer = wire.pack_frame(wire.RESULT, job.number, payload)
+            burst.apply(changes, self._receipt(job))
+        except BaseException as error:
+            self.fail(job, error)
+            self._note(job)
+        finally:
+            self._inside.transaction = None
+            priority.reset(token)
+
+    @staticmethod
+    def _receipt(job: Call) -> Receipt | None:
+        # A process that is dead will not ask; nor does a task that a task submitted.
+        if job.session is None or job.session.is_dead or job.session.said_goodbye:
+            return None
+        return Receipt(job.session.tenant, job.flag, job.number, job.answer)
+
+    def _note(self, job: Call) -> None:
+        """A P1 failed. If only later ones of its process had receipts, the next coordinator would run it again."""
+        receipt = self._receipt(job)
+        if receipt is not None:
+            self._writer.receipts.add(receipt)
+
+    def _invoke(self, job: Call, function: Function, transaction: Transaction) -> Any:
+        args, kwargs = unpack(job.arguments) if job.arguments else _NO_ARGUMENTS
+        debug = logger.isEnabledFor(logging.DEBUG)
+        if debug:
+            logger.debug("%s starts", function.name)
+        if function.key is None:
+            result = self._within(function, args, kwargs)
+        else:
+            key = unpack_key(function.key)
+            result = self._within(function, (transaction.get(key), *args), kwargs)
+            if result is None:
+                raise IntegrityError(
+                    f"{function.name}() returned None for key {key!r}: nothing was committed; return the new value",
+                    flow=self.name,
+                    key=key,
+                )
+            transaction[key] = result
+        if debug:
+            logger.debug("%s ends", function.name)
+        return result
+
+    def _within(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call within the task's time. A coroutine is run to its end, alone."""
+
+        def call() -> Any:
+            result = function.function(*args, **kwargs)
+            return run_alone(result) if isinstance(result, CoroutineType) else result
+
+        return self._in_time(function, call)
+
+    def _timeout(self, function: Function) -> float | None:
+        return function.timeout if function.timeout is not None else self._task_timeout
+
+    def _overrun(self, name: str, timeout: float) -> TaskTimeout:
+        return TaskTimeout(
+            f"{name}() ran longer than its timeout of {timeout:g} s: stopped, nothing was committed; "
+            "make it shorter, or give it a longer timeout=",
+            flow=self.name,
+        )
+
+    def _in_time(self, function: Function, call: Callable[[], Any]) -> Any:
+        timeout = self._timeout(function)
+        if timeout is None:
+            return call()
+        self._marker.limit(timeout)
+        kept, result = self._time_limit.call(timeout, call)
+        if not kept:
+            raise self._overrun(function.name, timeout)
+        return result
+
+    # P2
+
+    def run_read(self) -> None:
+        """Run the P2 task whose turn it is; start it, if it is async."""
+        job = self._scheduler.next_read()
+        assert isinstance(job, Call)
+        assert job.function is not None
+        function = job.function
+        token = priority.set(2)
+        try:
+            args, kwargs = unpack(job.arguments) if job.arguments else _NO_ARGUMENTS
+            if function.key is not None:
+                args = [self._inside.committed.get(unpack_key(function.key)), *args]
+            logger.debug("%s starts", function.name)
+            self._marker.mark(job.owner, job.number)
+            try:
+                result = self._in_time(function, lambda: function.function(*args, **kwargs))
+            finally:
+                self._marker.clear()
+            if isinstance(result, CoroutineType):
+                self._start_async(job, function, result)
+                return
+            logger.debug("%s ends", function.name)
+            self.succeed(job, result)
+        except BaseException as error:
+            self.fail(job, error)
+        finally:
+            priority.reset(token)
+        self._finish_read(job)
+
+    def _start_async(self, job: Call, function: Function, coroutine: Any) -> None:
+        timeout = self._timeout(function)
+
+        async def within() -> Any:
+            try:
+                kept, result = await within_time(coroutine, timeout)
+            except (SystemExit, KeyboardInterrupt) as error:
+                # asyncio would let these out of the loop, and end the coordinator.
+                raise TaskFailed(f"{function.name}() raised {error!r}", flow=self.name) from error
+            if not kept:
+                assert timeout is not None
+                raise self._overrun(function.name, timeout)
+            logger.debug("%s ends", function.name)
+            return result
+
+        async def marked() -> Any:
+            return await self._marker.marked(within(), job.owner, job.number)
+
+        def done(task: asyncio.Task[Any]) -> None:
+            self._scheduler.async_ended()
+            self._async_tasks.pop((job.owner, job.number), None)
+            if task.cancelled():
+                self.fail(job, StrictFlowError(f"{function.name}() was cancelled", flow=self.name))
+                job.answer = wire.pack_frame(wire.CANCELLED, job.number)
+            else:
+                try:
+                    self.succeed(job, task.result())
+                except BaseException as error:
+                    self.fail(job, error)
+            self._finish_read(job)
+            if len(self._stepper) == 0:
+                self._stepper.stop_soon()
+
+        self._scheduler.async_started()
+        self._async_tasks[job.owner, job.number] = self._stepper.start(marked(), done)
+
+    def cancel_async(self, owner: int, number: int) -> None:
+        """Cancel an async P2 task that runs already, if there is such a one."""
+        task = self._async_tasks.get((owner, number))
+        if task is not None:
+            task.cancel()
+
+    def _finish_read(self, job: Call) -> None:
+        self.counters[2].ran(time.perf_counter_ns() - job.arrived, failed=job.has_failed)
+        if job.session is not None:
+            job.session.queued -= 1
+        self.send(job)
+
+    # Answers
+
+    def succeed(self, job: Call, result: Any) -> None:
+        """A task has returned: prepare its answer."""
+        job.answer = wire.pack_frame(wire.RESULT, job.number, pack_result(result, job))
+        job.outcome = result
+
+    def fail(self, job: Call, error: BaseException) -> None:
+        """A task has failed, or is refused: prepare its answer."""
+        if isinstance(error, StrictFlowError) and error.flow is None:
+            error.flow = self.name
+        job.failure = error
+        if job.session is None:
+            logger.error("%s failed: %r", job.name, error)
+            return
+        text, blob = pack_failure(error)
+        job.answer = wire.pack_frame(wire.FAILURE, job.number, text, blob)
+        token = priority.set(job.priority)
+        logger.warning("%s failed, nothing was committed: %r", job.name, error)
+        priority.reset(token)
+
+    def send(self, job: Call) -> None:
+        """Send a prepared answer."""
+        if job.session is not None:
+            self._sessions.send(job.session, job.answer)
+            if not job.session.is_open:
+                self._sessions.has_leavers = True
+        elif job.future is not None:
+            job.future.settle(job.outcome, job.failure)
+
+    def __repr__(self) -> str:
+        return f"<Runner of flow {self.name!r}>"

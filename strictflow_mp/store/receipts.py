@@ -1,0 +1,232 @@
+"""Receipts: what became of P1 tasks whose answers are still on their way, committed in the same flip as their effect.
+
+Owns: the blocks that BASE and DELTA of the last commit record name.
+Written by: the coordinator alone.
+Read by: the next coordinator when it takes over; a process whose coordinator is proved dead. Nobody else, so a
+    block is free as soon as the next commit is published.
+Order: a block is filled ahead of the record that names it, and the record ahead of VERSION (`commit`).
+If we die here: the last record names whole blocks. A task is in them if and only if its effect is in the tree.
+Invariants: a receipt stays until its process has said that it has the answer, or has gone. So a process that
+    submits again all that it has no answer to is answered from the receipt, or runs the task for the first time.
+
+A receipt names its process by *tenant*, a number drawn at each admission to a slot, so that a slot's next process
+never meets the receipts of the former one. Most commits write only DELTA, into two blocks in turn; what
+accumulates there (a process that is stopped, or reads late) moves to BASE, so that it is not copied each time.
+
+Block: a word with the bytes that follow; then for each receipt the words TENANT, NUMBER (in the gate, 0 if it has
+none), SEQ, LENGTH, and the answer's frame.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..errors import StateFull
+from ..segment import R_BASE, R_DELTA, RECORD, RING, W_RING, W_VERSION, Segment
+from ..words import WORD
+from .arena import Arena
+
+__all__ = ["Receipt", "Receipts", "read_receipts"]
+
+DELTA = 1 << 11
+"""Words in a block for DELTA: a burst of 256 short answers fits."""
+MANY = 24
+"""Receipts in DELTA that are worth a new BASE; more, when BASE is large."""
+LONG = 1 << 10
+"""Bytes of an answer that is given up, rather than its task, when there is no room for it."""
+
+_head = struct.Struct("=4Q")
+
+
+class Receipt(NamedTuple):
+    """One task and its answer. An empty answer: it took effect, and the answer found no room."""
+
+    tenant: int
+    number: int
+    seq: int
+    answer: bytes
+
+
+def _pack(receipt: Receipt) -> bytes:
+    tenant, number, seq, answer = receipt
+    return _head.pack(tenant, number, seq, len(answer)) + answer
+
+
+def read_receipts(segment: Segment) -> list[Receipt]:
+    """The receipts of the last commit. Only while nobody commits.
+
+    Raises:
+        IndexError, struct.error: the segment is damaged.
+    """
+    words = segment.words
+    record = W_RING + words[W_VERSION] % RING * RECORD
+    found: list[Receipt] = []
+    for index in (words[record + R_BASE], words[record + R_DELTA]):
+        if index:
+            found += _read_block(segment, index)
+    return found
+
+
+def _read_block(segment: Segment, index: int) -> Iterator[Receipt]:
+    words, buffer = segment.claimed()
+    position = (index + 1) * WORD
+    end = position + words[index]
+    if end > len(buffer):
+        raise IndexError("a block of receipts ends behind the memory")
+    while position < end:
+        tenant, number, seq, length = _head.unpack_from(buffer, position)
+        position += _head.size
+        if position + length > end:
+            raise IndexError("a receipt ends behind its block")
+        yield Receipt(tenant, number, seq, bytes(buffer[position : position + length]))
+        position += length
+
+
+class Receipts:
+    """The receipts as the coordinator keeps them: by tenant, by seq."""
+
+    def __init__(self, segment: Segment, arena: Arena) -> None:
+        self._segment = segment
+        self._words = segment.words
+        self._buffer = segment.buffer
+        self._arena = arena
+        self._recent: dict[int, dict[int, bytes]] = {}
+        self._based: dict[int, dict[int, bytes]] = {}
+        self._base: tuple[int, int] = (0, 0)  # index, words
+        self._deltas: list[int] = []
+        self._new: tuple[tuple[int, int], int] = ((0, 0), 0)
+        self._moved = False
+        self._former: list[tuple[int, int]] = []  # blocks that the next commit makes free
+
+    def prepare(self) -> None:
+        """Claim the two blocks for DELTA.
+
+        Raises:
+            StateFull: there is no room for them.
+        """
+        self._deltas = [self._arena.allocate(DELTA) for _ in range(2)]
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Where the last commit's receipts lie: (start, words). They are used until the next one."""
+        words = self._words
+        record = W_RING + words[W_VERSION] % RING * RECORD
+        base, delta = words[record + R_BASE], words[record + R_DELTA]
+        used = [(base, _block_words(words[base]))] if base else []
+        return [*used, (delta, DELTA)] if delta else used
+
+    def recover(self) -> None:
+        """Take over what a dead coordinator committed. The arena knows already that `blocks` are used.
+
+        Raises:
+            StateFull: never in a segment whose coordinator had called `prepare`: its blocks are free again.
+        """
+        for receipt in read_receipts(self._segment):
+            self.add(receipt)
+        blocks = self.blocks()
+        if blocks and blocks[-1][1] == DELTA:
+            self._deltas = [self._arena.allocate(DELTA), blocks.pop()[0]]
+        else:
+            self.prepare()
+        self._former = blocks
+
+    def add(self, receipt: Receipt) -> None:
+        """A task has been answered; its receipt is in the next commit."""
+        due = self._recent.get(receipt.tenant)
+        if due is None:
+            due = self._recent[receipt.tenant] = {}
+        due[receipt.seq] = _pack(receipt)
+
+    def acknowledge(self, tenant: int, seq: int) -> None:
+        """A process has the answers of its P1 tasks up to *seq*."""
+        for kept in (self._based, self._recent):
+            due = kept.get(tenant)
+            if due is None:
+                continue
+            passed = []
+            for number in due:
+                if number > seq:
+                    break
+                passed.append(number)
+            for number in passed:
+                del due[number]
+            if not due:
+                del kept[tenant]
+
+    def forget(self, tenant: int) -> None:
+        """A process has gone."""
+        self._based.pop(tenant, None)
+        self._recent.pop(tenant, None)
+
+    def of(self, tenant: int) -> dict[int, bytes]:
+        """The answers that a process may ask for again, by seq."""
+        packed = {**self._based.get(tenant, {}), **self._recent.get(tenant, {})}
+        return {seq: entry[_head.size :] for seq, entry in packed.items()}
+
+    # For `commit`
+
+    def write(self) -> tuple[int, int]:
+        """Fill the blocks of the next commit; return what its record says: BASE, DELTA (0 for none).
+
+        Raises:
+            StateFull: there is no room; nothing was changed.
+        """
+        entries = [entry for due in self._recent.values() for entry in due.values()]
+        data = b"".join(entries)
+        self._moved = len(entries) > MANY + (sum(map(len, self._based.values())) >> 2) or len(data) > (DELTA - 1) * WORD
+        if self._moved:
+            self._new = (self._new_base(), 0)
+        else:
+            self._new = (self._base if self._based else (0, 0), self._fill(self._deltas[0], data) if data else 0)
+        return self._new[0][0], self._new[1]
+
+    def _new_base(self) -> tuple[int, int]:
+        entries = [entry for kept in (self._based, self._recent) for due in kept.values() for entry in due.values()]
+        try:
+            return self._place(b"".join(entries))
+        except StateFull:
+            return self._place(b"".join(map(_shortened, entries)))
+
+    def _place(self, data: bytes) -> tuple[int, int]:
+        size = _block_words(len(data))
+        index = self._arena.allocate(size)
+        self._fill(index, data)
+        return index, size
+
+    def _fill(self, index: int, data: bytes) -> int:
+        self._words[index] = len(data)
+        start = (index + 1) * WORD
+        self._buffer[start : start + len(data)] = data
+        return index
+
+    def committed(self) -> None:
+        """VERSION has passed: the former blocks are free."""
+        base, delta = self._new
+        if self._former:
+            for index, size in self._former:
+                self._arena.release(index, size)
+            self._former = []
+        if self._base[0] and base != self._base:
+            self._arena.release(*self._base)
+        self._base = base
+        if delta:
+            self._deltas.reverse()
+        if self._moved:
+            for tenant, due in self._recent.items():
+                self._based.setdefault(tenant, {}).update(due)
+            self._recent = {}
+            self._moved = False
+
+    def __repr__(self) -> str:
+        recent, based = (sum(map(len, kept.values())) for kept in (self._recent, self._based))
+        return f"<Receipts: {recent} recent, {based} in the base>"
+
+
+def _block_words(length: int) -> int:
+    return 1 + (length + WORD - 1) // WORD
+
+
+def _shortened(entry: bytes) -> bytes:
+    tenant, number, seq, length = _head.unpack_from(entry)
+    return entry if length <= LONG else _head.pack(tenant, number, seq, 0)

@@ -1,0 +1,101 @@
+"""The takeover: how a coordinator begins where a dead one ended, on the same segment.
+
+The caller holds the lock of the place, so the former coordinator is dead and this is the one writer of its words.
+
+Order: what is in use is found by walking the trees; a task that may have killed the former coordinator is given its
+    receipt, committed, before its mark is removed; then the numbers of the tasks that have receipts are counted as
+    finished; then processes may come back.
+If we die here: every step can be done again by the next one.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from . import wire
+from .core import logger
+from .errors import TaskCrashed, TaskTimeout
+from .failures import pack_failure
+from .gate import GateKeeper, Tenancy
+from .segment import SERVING, W_LOADING, W_PID, W_RESTARTS, W_START, W_STATUS, W_SUSPECT, Segment
+from .store import Receipt, StoreWriter, read_receipts
+from .suspect import Suspect, loading_seq, suspect_of
+
+__all__ = ["take_over"]
+
+audit = sys.audit
+
+
+def take_over(
+    segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str, pid: int, start: int
+) -> list[Tenancy]:
+    """Recover the committed state; return who had a slot.
+
+    Raises:
+        StateFull: there is no room for the one receipt that has to be committed.
+    """
+    words = segment.words
+    # Processes that wait for a new coordinator look at this word.
+    words[W_RESTARTS] += 1
+    words[W_PID], words[W_START] = pid, start
+    audit("strictflow_mp.takeover.begun")
+    writer.recover()
+    audit("strictflow_mp.takeover.recovered")
+    tenancies = gate.take_over()
+    suspect = suspect_of(segment)
+    if suspect is not None and (not suspect.is_loading or words[W_LOADING] == words[W_SUSPECT]):
+        _convict(suspect, writer, gate, flow)
+    # A new version in any case: whoever reads next finds its own copies outdated, looks closer, and comes back to us
+    # with what it had submitted, before it can read a state without that.
+    writer.publish({})
+    # Loading changes nothing, and every process that comes back has its functions loaded anew, so a kill from outside
+    # often meets it: only the second death in a row convicts.
+    words[W_LOADING] = words[W_SUSPECT] if suspect is not None and suspect.is_loading else 0
+    audit("strictflow_mp.takeover.convicted")
+    slots = {tenancy.tenant: tenancy.slot for tenancy in tenancies}
+    numbers: dict[int, int] = {}
+    for tenant, number, _, _ in read_receipts(segment):
+        slot = slots.get(tenant)
+        if slot is None:
+            writer.receipts.forget(tenant)
+        else:
+            numbers[slot] = max(number, numbers.get(slot, 0))
+    gate.finish(numbers)
+    words[W_STATUS] = SERVING
+    audit("strictflow_mp.takeover.counted")
+    logger.warning(
+        "flow %r: the former coordinator died; pid %d goes on from version %d (restart %d)",
+        flow,
+        pid,
+        writer.version,
+        words[W_RESTARTS],
+    )
+    return tenancies
+
+
+def _convict(suspect: Suspect, writer: StoreWriter, gate: GateKeeper, flow: str) -> None:
+    """Write down that the task that was running has failed, and is not to be tried again."""
+    tenancy = gate.tenancy(suspect.slot)
+    if not tenancy.pid:
+        return
+    if suspect.is_loading:
+        seq, answer = loading_seq(suspect.seq), b""
+    else:
+        error = _verdict(suspect, flow)
+        text, blob = pack_failure(error)
+        seq, answer = suspect.seq, wire.pack_frame(wire.FAILURE, suspect.seq, text, blob)
+    writer.receipts.add(Receipt(tenancy.tenant, 0, seq, answer))
+
+
+def _verdict(suspect: Suspect, flow: str) -> Exception:
+    if suspect.is_overdue:
+        return TaskTimeout(
+            "the task ran longer than its timeout, and could only be stopped by ending the coordinator: rolled back; "
+            "make it shorter, or give it a longer timeout=",
+            flow=flow,
+        )
+    return TaskCrashed(
+        "the coordinator died while it ran this task: rolled back, and not tried again; look for what in the task "
+        "may end a process (a crash in C code, os._exit, too much memory)",
+        flow=flow,
+    )

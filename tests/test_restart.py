@@ -1,0 +1,363 @@
+"""The coordinator dies, and its owner with it or not: nothing is lost, nothing happens twice, nobody waits for ever."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from strictflow_mp import CoordinatorLost, FlowNotRunning, StrictFlow, TaskCrashed, read, write
+from strictflow_mp import owner as owners
+from strictflow_mp.rendezvous import Place
+
+RESOLVED = 20.0
+"""Seconds in which a future has to be resolved; so long only for machines that are very busy."""
+
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def flow() -> Iterator[StrictFlow]:
+    flow = StrictFlow("mortal", state={"ids": [], "n": 0})
+    with flow:
+        yield flow
+
+
+def kill(flow: StrictFlow) -> int:
+    """Kill the coordinator; return its pid."""
+    resident = Place.of(flow.name).resident()
+    os.kill(resident.pid, signal.SIGKILL)
+    return resident.pid
+
+
+def is_another(flow: StrictFlow, former: int) -> bool:
+    resident = Place.of(flow.name).resident()
+    return resident is not None and resident.pid != former and Place.of(flow.name).is_inhabited()
+
+
+def outcome(future: Any) -> Any:
+    error = future.exception(RESOLVED)
+    return future.result() if error is None else type(error)
+
+
+def submit_all(name: str, first: int, count: int, box: Any) -> None:
+    flow = StrictFlow(name)
+    note = note_in(flow)
+    futures = {number: note(number) for number in range(first, first + count)}
+    box.put({number: outcome(future) for number, future in futures.items()})
+
+
+def note_in(flow: StrictFlow) -> Any:
+    @write(flow)
+    def note(number):
+        flow.state["ids"].append(number)
+        return number
+
+    return note
+
+
+def test_each_p1_takes_effect_once_and_resolves_though_the_coordinator_is_killed_again_and_again(flow):
+    box: Any = multiprocessing.get_context("spawn").Queue()
+    workers = [
+        multiprocessing.get_context("spawn").Process(target=submit_all, args=(flow.name, 10_000 * number, 3_000, box))
+        for number in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    deaths = 0
+    while any(worker.is_alive() for worker in workers) and deaths < 8:
+        before = len(flow.state["ids"])
+        former = kill(flow)
+        deaths += 1
+        while len(flow.state["ids"]) < before + 200 and any(worker.is_alive() for worker in workers):
+            assert all(worker.exitcode in (None, 0) for worker in workers)
+            if not box.empty():
+                break
+        if not box.empty():
+            break
+        assert is_another(flow, former)
+    outcomes: dict[int, Any] = {}
+    for _ in workers:
+        outcomes |= box.get(timeout=60)
+    for worker in workers:
+        worker.join()
+    done = [number for number, result in outcomes.items() if result == number]
+    crashed = [number for number, result in outcomes.items() if result is TaskCrashed]
+    ids = flow.state["ids"]
+    assert sorted(ids) == sorted(done)
+    assert len(done) + len(crashed) == 6_000
+    assert len(crashed) <= deaths
+    assert [number for number in ids if number < 10_000] == sorted(number for number in done if number < 10_000)
+    assert flow.stats().restarts == deaths > 0
+
+
+def test_a_task_that_ends_the_coordinator_is_not_tried_again_and_those_behind_it_run(flow, tmp_path):
+    tries = tmp_path / "tries"
+    note = note_in(flow)
+
+    @write(flow)
+    def die():
+        flow.state["n"] = 666
+        with tries.open("a") as file:
+            file.write("x")
+        os._exit(3)
+
+    futures = [note(1), note(2), die(), note(3), die(), note(4)]
+    assert [outcome(future) for future in futures] == [1, 2, TaskCrashed, 3, TaskCrashed, 4]
+    assert flow.state["ids"] == [1, 2, 3, 4]
+    assert flow.state["n"] == 0
+    assert tries.read_text() == "xx"
+    with pytest.raises(TaskCrashed, match=r"flow 'mortal': .* rolled back, and not tried again"):
+        futures[2].result()
+
+
+def test_a_read_that_ends_the_coordinator_is_not_tried_again(flow, tmp_path):
+    tries = tmp_path / "tries"
+
+    @read(flow)
+    def die():
+        with tries.open("a") as file:
+            file.write("x")
+        os._exit(3)
+
+    @read(flow)
+    async def die_later():
+        import asyncio
+
+        await asyncio.sleep(0)
+        die.__strictflow_function__() if hasattr(die, "__strictflow_function__") else os._exit(3)
+
+    assert outcome(die()) is TaskCrashed
+    assert outcome(die_later()) is TaskCrashed
+    assert outcome(note_in(flow)(1)) == 1
+
+
+def test_a_function_whose_loading_ends_the_coordinator_is_not_loaded_again(flow, tmp_path, monkeypatch):
+    (tmp_path / "fatal_module.py").write_text(
+        "import os, multiprocessing\n"
+        "if multiprocessing.current_process().name == 'SF-LOOP':\n    os._exit(4)\n"
+        "def task():\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import fatal_module
+
+    # Attached anew, so that the coordinator knows where the module is.
+    flow.close()
+    assert outcome(note_in(flow)(1)) == 1
+    future = write(flow)(fatal_module.task)()
+    assert "died while it loaded it" in str(future.exception(RESOLVED))
+    assert outcome(note_in(flow)(2)) == 2
+    assert flow.stats().restarts == 2  # once could have been by chance
+
+
+def test_a_task_over_its_time_in_c_code_is_stopped_and_undone(run_python):
+    ran = run_python(
+        """
+        from strictflow_mp import StrictFlow, write
+
+        flow = StrictFlow("stuck", state={"n": 0})
+
+        @write(flow, timeout=0.2)
+        def stuck():
+            flow.state["n"] = 1
+            sum(range(10**12))
+
+        with flow:
+            error = stuck().exception()
+            print(type(error).__name__, flow.state["n"], flow.stats().restarts)
+        """
+    )
+    assert ran.stdout == "TaskTimeout 0 1\n"
+    assert "in stuck" in ran.stderr
+
+
+def test_a_gated_read_waits_for_the_next_coordinator_to_run_what_was_submitted(flow):
+    note = note_in(flow)
+    note(0).result(RESOLVED)
+    pause(flow)
+    future = note(1)
+    kill(flow)
+    assert flow.state["ids"] == [0, 1]
+    assert future.result(RESOLVED) == 1
+
+
+def pause(flow: StrictFlow) -> int:
+    pid = Place.of(flow.name).resident().pid
+    os.kill(pid, signal.SIGSTOP)
+    return pid
+
+
+def test_a_read_that_need_not_wait_goes_on_while_nobody_serves():
+    with StrictFlow("mortal", state={"n": 0}, restart=False) as flow:
+        flow.state["n"] = 5
+        kill(flow)
+        while Place.of(flow.name).is_inhabited():
+            pass
+        assert flow.state["n"] == 5
+        with flow.snapshot() as snapshot:
+            assert dict(snapshot) == {"n": 5}
+
+
+def test_a_snapshot_keeps_its_version_through_a_restart(flow, eventually):
+    with flow.snapshot() as snapshot:
+        before = snapshot.version
+        for _ in range(3):
+            former = kill(flow)
+            eventually(lambda former=former: is_another(flow, former))
+            for number in range(300):
+                flow.put(("key", number), "x" * 1000)
+            flow.state["n"] += 1
+        assert snapshot.version == before
+        assert dict(snapshot) == {"ids": [], "n": 0}
+    assert flow.state["n"] == 3
+
+
+def test_a_process_reads_its_own_write_though_it_came_back_after_the_grace(flow, eventually):
+    """Nobody waits for it any more then, but it does itself."""
+    note = note_in(flow)
+    note(0).result(RESOLVED)
+    pause(flow)
+    future = note(1)
+    former = kill(flow)
+    eventually(lambda: is_another(flow, former))
+    client = flow._client._attachment
+    eventually(client.gate.is_open)  # the flag of a process that has not come back was lifted
+    assert flow.state["ids"] == [0, 1]
+    assert future.result(RESOLVED) == 1
+
+
+def test_no_flag_stays_up_after_a_restart(flow, eventually):
+    note = note_in(flow)
+    assert note(0).result(RESOLVED) == 0
+    pause(flow)
+    futures = [note(1), note(2)]
+    kill(flow)
+    assert [outcome(future) for future in futures] == [1, 2]
+    eventually(flow._client._attachment.gate.is_open)
+
+
+def test_without_restart_the_future_says_that_the_task_was_not_executed():
+    flow = StrictFlow("mortal", state={"ids": []}, restart=False)
+    with flow:
+        note = note_in(flow)
+        note(0).result(RESOLVED)
+        pause(flow)
+        future = note(1)
+        kill(flow)
+        with pytest.raises(CoordinatorLost, match=r"flow 'mortal': note\(\) was not executed"):
+            future.result(RESOLVED)
+
+
+def owner_that_dies(name: str, ready: Any) -> None:
+    flow = StrictFlow(name, state={"ids": [], "n": 0})
+    flow.start_loop()
+    flow.state["n"] = 7
+    ready.send(Place.of(name).resident().pid)
+    signal.pause()
+
+
+@pytest.fixture
+def orphans() -> Iterator[Callable[[str], StrictFlow]]:
+    """A flow whose owner and coordinator are killed; this process is attached to it."""
+    children = []
+
+    def make(name: str) -> StrictFlow:
+        mine, theirs = fork.Pipe()
+        child = fork.Process(target=owner_that_dies, args=(name, theirs))
+        child.start()
+        children.append(child)
+        coordinator = mine.recv()
+        flow = StrictFlow.attach(name)
+        assert flow.state["n"] == 7
+        os.kill(coordinator, signal.SIGSTOP)
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        return flow
+
+    yield make
+    for child in children:
+        child.kill()
+        child.join()
+
+
+def test_when_the_owner_is_dead_too_waiting_ends_and_the_next_start_goes_on_from_the_last_commit(orphans):
+    flow = orphans("orphan")
+    note = note_in(flow)
+    future = note(1)
+    kill(flow)
+    with pytest.raises(CoordinatorLost, match="was not executed"):
+        future.result(RESOLVED)
+    with pytest.raises(FlowNotRunning):
+        flow._client.attach(0.0)
+    heir = StrictFlow("orphan", state={"n": 0})
+    with heir:
+        assert heir.state["n"] == 7
+        assert note(2).result(RESOLVED) == 2
+        assert flow.state["ids"] == [2]
+
+
+def test_the_next_start_discards_the_state_when_it_is_told_to(orphans):
+    flow = orphans("orphan")
+    kill(flow)
+    while Place.of("orphan").is_inhabited():
+        pass
+    heir = StrictFlow("orphan", state={"n": 1})
+    heir.start_loop(recover=False)
+    try:
+        assert heir.state["n"] == 1
+        assert "ids" not in heir.state
+    finally:
+        heir.stop_loop()
+
+
+def test_a_coordinator_that_fails_again_and_again_is_given_up_and_everybody_is_told(flow, monkeypatch, eventually):
+    monkeypatch.setattr(owners, "FAILURES", 2)
+    monkeypatch.setattr(owners, "SHORT", 1000.0)
+    note = note_in(flow)
+    for _ in range(2):
+        former = kill(flow)
+        eventually(lambda former=former: is_another(flow, former) or not flow._owner.is_alive)
+    eventually(lambda: not flow._owner.is_alive)
+    with pytest.raises((CoordinatorLost, FlowNotRunning)):
+        note(1).result(RESOLVED)
+
+
+def test_the_owner_has_no_thread_while_it_forks_and_watches_again_afterwards(flow, eventually):
+    """Or fork() would warn of threads, and the child could find a lock taken."""
+    mine, theirs = fork.Pipe()
+    child = fork.Process(target=lambda: theirs.send(Path("/proc/self/task").exists() and threading.active_count()))
+    child.start()
+    assert mine.recv() == 1
+    child.join()
+    former = kill(flow)
+    eventually(lambda: is_another(flow, former))
+    assert note_in(flow)(1).result(RESOLVED) == 1
+
+
+def test_a_process_that_a_task_forked_does_not_keep_the_dead_coordinator_alive(flow, tmp_path):
+    pids = tmp_path / "pids"
+
+    @write(flow)
+    def fork_one():
+        child = os.fork()
+        if not child:
+            signal.pause()
+        pids.write_text(str(child))
+
+    fork_one().result(RESOLVED)
+    try:
+        kill(flow)
+        assert note_in(flow)(1).result(RESOLVED) == 1
+    finally:
+        os.kill(int(pids.read_text()), signal.SIGKILL)
+
+
+def test_a_stop_ends_a_flow_whose_coordinator_was_killed_just_before(flow):
+    flow.state["n"] = 1
+    kill(flow)

@@ -1,0 +1,135 @@
+"""A signal handler that raises, at any moment of any call: its exception comes out, and nothing is lost or left up."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from strictflow_mp import StrictFlow, write
+from strictflow_mp.rendezvous import Place
+
+pytestmark = [
+    pytest.mark.timeout(60, method="thread"),  # the other method needs SIGALRM itself
+    # A handler can raise between open() and the `with` around it.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+class Rung(Exception):
+    pass
+
+
+@pytest.fixture
+def bell() -> Iterator[Callable[[], None]]:
+    """Makes SIGALRM raise after a moment, which is another one each time."""
+    dice = random.Random(5)
+
+    def strike(number: int, frame: Any) -> None:
+        raise Rung
+
+    def wind() -> None:
+        signal.setitimer(signal.ITIMER_REAL, dice.uniform(1e-5, 2e-3))
+
+    former = signal.signal(signal.SIGALRM, strike)
+    yield wind
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, former)
+
+
+@pytest.fixture
+def flow() -> Iterator[StrictFlow]:
+    with StrictFlow("signals", state={"ids": []}) as flow:
+        yield flow
+
+
+def interrupted(bell: Callable[[], None], call: Callable[[], Any]) -> bool:
+    """Call until it was interrupted once or came through; whether it was interrupted."""
+    try:
+        try:
+            bell()
+            call()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            time.sleep(0)  # one that was on its way strikes here
+    except Rung:  # it strikes once; perhaps just ahead of the line above
+        return True
+    return False
+
+
+def note_in(flow: StrictFlow) -> Any:
+    @write(flow)
+    def note(number):
+        flow.state["ids"].append(number)
+        return number
+
+    return note
+
+
+def test_no_answer_is_lost_when_a_wait_for_answers_is_interrupted(flow, bell):
+    note = note_in(flow)
+    times = 0
+    for first in range(0, 6_000, 60):
+        futures = [note(number) for number in range(first, first + 60)]
+        for future in futures:
+            while not future.done_now():
+                times += interrupted(bell, future.result)
+        assert [future.result(0) for future in futures] == list(range(first, first + 60))
+    assert flow.state["ids"] == list(range(6_000))
+    assert times > 20
+
+
+def test_an_interrupted_submit_runs_once_or_not_at_all_and_leaves_no_flag_up(flow, bell, eventually):
+    note = note_in(flow)
+    futures = {}
+    times = 0
+
+    def submit(number: int) -> None:
+        futures[number] = note(number)
+
+    for number in range(1_500):
+        times += interrupted(bell, lambda number=number: submit(number))
+    assert note(9_999).result(60) == 9_999
+    assert [future.result(60) for future in futures.values()] == list(futures)
+    ids = flow.state["ids"]
+    assert len(set(ids)) == len(ids)
+    assert set(futures) <= set(ids)
+    assert ids == sorted(ids)
+    eventually(flow._client._attachment.gate.is_open)
+    assert times > 5
+
+
+def test_an_interrupted_gated_read_raises_what_the_handler_raised_and_the_next_one_is_right(flow, bell):
+    note = note_in(flow)
+    times = 0
+    for number in range(1_000):
+        note(number)
+        while True:
+            seen: list[int] = []
+            if not interrupted(bell, lambda seen=seen: seen.append(flow.state["ids"][-1])):
+                assert seen == [number]
+                break
+            times += 1
+    assert times > 20
+
+
+def test_a_wait_for_the_next_coordinator_can_be_interrupted_and_goes_on(flow, bell):
+    note = note_in(flow)
+    note(0).result(60)
+    for number in range(1, 4):
+        pid = Place.of(flow.name).resident().pid
+        os.kill(pid, signal.SIGSTOP)
+        future = note(number)
+        os.kill(pid, signal.SIGKILL)
+        times = 0
+        deadline = time.monotonic() + 60
+        while not future.done_now() and time.monotonic() < deadline:
+            times += interrupted(bell, future.result)
+        assert times > 3
+        assert future.result(0) == number
+    assert flow.state["ids"] == [0, 1, 2, 3]
