@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from typing import Any
 
 from . import errors, wire
 from .errors import FlowNotRunning, ProtocolError
+from .processes import Identity
 from .rendezvous import Place
 from .wire import Stream
 
@@ -71,7 +71,7 @@ def try_to_reach(
         return None  # the next coordinator was just moving in
     greeting = {
         "protocol": wire.PROTOCOL,
-        "pid": os.getpid(),
+        "identity": Identity.mine(),
         "python": sys.version_info[:2],
         "path": [path for path in sys.path if path],
         "resume": resume,

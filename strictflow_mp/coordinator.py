@@ -115,7 +115,7 @@ class Coordinator:
                     raise FlowNotRunning("its coordinator died while it stopped, or before it had begun", flow=name)
         self._heir = segment is not None
         self._token = former.token if former is not None and segment is not None else os.urandom(6).hex()
-        self._lease.inscribe(Resident(name, self._token, me.pid, me.start, me.boot))
+        self._lease.inscribe(Resident(name, self._token, *me))
         sys.audit("strictflow_mp.start.inscribed")
         if segment is None:
             segment = Segment.create(
@@ -123,8 +123,7 @@ class Coordinator:
                 name,
                 capacity=options["capacity"],
                 slots=options["max_workers"] + 1,
-                pid=me.pid,
-                start=me.start,
+                identity=me,
                 status=STARTING,
             )
             sys.audit("strictflow_mp.start.created")
@@ -132,7 +131,7 @@ class Coordinator:
         self._writer = StoreWriter(segment, name)
         gate = self._gate = GateKeeper(segment, self._token)
         if self._heir:
-            tenancies = take_over(segment, self._writer, gate, name, me.pid, me.start)
+            tenancies = take_over(segment, self._writer, gate, name, me)
         else:
             tenancies = []
             self._writer.create()
@@ -152,7 +151,7 @@ class Coordinator:
             "gate_timeout": options["gate_timeout"],
         }
         self._sessions = Sessions(listener, authkey, segment, gate, self._writer.receipts, welcome, owner)
-        self._sessions.expect(tenancies, me.boot)
+        self._sessions.expect(tenancies)
         os.register_at_fork(after_in_child=self._leave_to_parent)
         reader = StoreReader(segment, Pins(segment, 0))
         self._loop = SFLoop(

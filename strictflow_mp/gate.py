@@ -32,6 +32,7 @@ from typing import NamedTuple
 
 import posix_ipc
 
+from .processes import Identity
 from .segment import CONDEMNED, PREFIX, SERVING, STOPPED, W_STATUS, W_TENANCIES, Segment
 from .words import fence, publish_fence, read_fence
 
@@ -260,6 +261,7 @@ class Tenancy(NamedTuple):
     slot: int
     pid: int
     start: int
+    space: int
     tenant: int
 
 
@@ -298,9 +300,10 @@ class GateKeeper:
     def tenancy(self, slot: int) -> Tenancy:
         """Who has a slot."""
         words, segment = self._words, self._segment
-        return Tenancy(slot, words[segment.pids + slot], words[segment.starts + slot], words[segment.tenants + slot])
+        arrays = (segment.pids, segment.starts, segment.spaces, segment.tenants)
+        return Tenancy(slot, *(words[array + slot] for array in arrays))
 
-    def admit(self, slot: int, pid: int, start: int) -> str:
+    def admit(self, slot: int, newcomer: Identity) -> str:
         """Give a slot to a process; return the name of its semaphore."""
         words, segment = self._words, self._segment
         unlink_semaphore(self._token, slot)
@@ -310,10 +313,11 @@ class GateKeeper:
         for array in (segment.waiting, segment.waits, segment.waited):
             words[array + slot] = 0
         words[W_TENANCIES] += 1
-        words[segment.tenants + slot], words[segment.starts + slot] = words[W_TENANCIES], start
+        words[segment.tenants + slot] = words[W_TENANCIES]
+        words[segment.starts + slot], words[segment.spaces + slot] = newcomer.start, newcomer.space
         # The pid last: it says that the slot is taken (store-store).
         publish_fence()
-        words[segment.pids + slot] = pid
+        words[segment.pids + slot] = newcomer.pid
         sys.audit("strictflow_mp.admit.slot")
         return name
 
@@ -342,7 +346,8 @@ class GateKeeper:
         words[segment.finished + slot] = high
         words[segment.submitted + slot] = high
         words[segment.waiting + slot] = 0
-        words[segment.pids + slot] = words[segment.starts + slot] = words[segment.tenants + slot] = 0
+        for array in (segment.pids, segment.starts, segment.spaces, segment.tenants):
+            words[array + slot] = 0
         sys.audit("strictflow_mp.dismiss.slot")
         semaphore = self._semaphores.pop(slot, None)
         if semaphore is not None:

@@ -78,7 +78,7 @@ class Owner:
                     **options,
                     "name": name,
                     "ready": writable,
-                    "owner": (me.pid, me.start, me.boot),
+                    "owner": tuple(me),
                     "log_level": configured_level(),
                 },
                 pass_fds=(writable,),
@@ -276,7 +276,7 @@ class _Watcher:
         """Sleep until the coordinator has ended; False when the thread shall end instead."""
         poll = select.poll()
         poll.register(self._wakeup, select.POLLIN)
-        descriptor = open_pidfd(child.pid)
+        descriptor = open_pidfd(child.identity)
         if descriptor >= 0:
             poll.register(descriptor, select.POLLIN)
         try:

@@ -1,7 +1,8 @@
 """Processes: who somebody is, whether they are proved dead, and how to start a fresh interpreter.
 
-A process is a pid together with its start time, in a boot of the machine: a pid alone comes back. What
-cannot be proved dead counts as alive, so nothing is taken from a process that may still use it.
+A process is a pid together with its start time, in a boot of the machine and a pid namespace of that: a pid alone
+comes back, and in another container it is another's. What cannot be proved dead counts as alive, so nothing is taken
+from a process that may still use it.
 """
 
 from __future__ import annotations
@@ -56,30 +57,51 @@ def _read_boot() -> int:
         return 0
 
 
+def _read_space() -> int:
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return 0
+
+
 class Identity(NamedTuple):
-    """A process, past or present: pid, start time (ticks since boot), boot of the machine."""
+    """A process, past or present: pid, start time (ticks since boot), boot of the machine, pid namespace or 0."""
 
     pid: int
     start: int
     boot: int
+    space: int
 
     @classmethod
     def of(cls, pid: int) -> Identity:
-        """The identity of a living process (start 0 when it cannot be seen)."""
-        return cls(pid, start_time(pid) or 0, _read_boot())
+        """The identity of a living process that we see (start 0 when we do not see when that was)."""
+        return cls(pid, start_time(pid) or 0, _read_boot(), _read_space())
 
     @classmethod
     def mine(cls) -> Identity:
         """The identity of this process."""
         return cls.of(os.getpid())
 
+    @property
+    def is_here(self) -> bool:
+        """Whether its number means that process to us: in another pid namespace it is somebody else's, or nobody's."""
+        return self.space in (0, _read_space())
+
+    def may_be(self, other: Identity) -> bool:
+        """Whether both may be one process: in another pid namespace it has another pid."""
+        return self.space != other.space or self.pid == other.pid
+
     def is_dead(self) -> bool:
         """True only when it is proved that the process has ended."""
-        if self.pid <= 0 or not self.start:
+        if self.pid <= 0:
             return False
         boot = _read_boot()
         if boot and self.boot and boot != self.boot:
             return True
+        if not self.is_here:
+            return False
+        if not self.start:
+            return _is_zombie_or_gone(self.pid)
         if not os.path.isdir("/proc/self"):
             return start_time(self.pid) is None
         now = start_time(self.pid)
@@ -99,10 +121,13 @@ def _is_zombie_or_gone(pid: int) -> bool:
     return os.path.isdir(f"/proc/{pid}") and start_time(pid) is None
 
 
-def open_pidfd(pid: int) -> int:
-    """A descriptor that becomes readable when the process ends, or -1 where there is no such thing."""
+def open_pidfd(identity: Identity) -> int:
+    """A descriptor that becomes readable when the process ends; -1 where there is no such thing, or it has ended.
+
+    The pid may have passed to another process since: whoever must know looks at `Identity.is_dead` behind this.
+    """
     try:
-        return os.pidfd_open(pid)
+        return os.pidfd_open(identity.pid) if identity.is_here else -1
     except (AttributeError, OSError):
         return -1
 

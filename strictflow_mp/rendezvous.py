@@ -67,11 +67,12 @@ class Resident(NamedTuple):
     pid: int
     start: int
     boot: int
+    space: int
 
     @property
     def identity(self) -> Identity:
         """The coordinator's process."""
-        return Identity(self.pid, self.start, self.boot)
+        return Identity(self.pid, self.start, self.boot, self.space)
 
 
 class Place:

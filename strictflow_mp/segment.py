@@ -26,7 +26,7 @@ then, one word a slot
 SUBMITTED               the slot's process     P1 tasks submitted
 FINISHED                coordinator            P1 tasks finished
 WAITING                 the slot's process     1 while a reader sleeps on the slot's semaphore
-PIDS, STARTS            coordinator            who has the slot: pid, start time
+PIDS, STARTS, SPACES    coordinator            who has the slot: pid, start time, pid namespace
 TENANTS                 coordinator            which admission gave it the slot
 WAITS, WAITED           the slot's process     how often and how long (ns) its readers waited
 PINS (16 a slot)        the slot's process     versions (+1) that its snapshots need (`store.pins`)
@@ -50,6 +50,7 @@ from multiprocessing import resource_tracker, shared_memory
 import posix_ipc
 
 from .errors import ProtocolError, StateFull
+from .processes import Identity
 from .words import WORD, publish_fence, words_of
 
 __all__ = ["PREFIX", "Segment"]
@@ -58,7 +59,7 @@ PREFIX = "sfmp-"
 """How the names of all shared objects of this library begin."""
 
 MAGIC = int.from_bytes(b"SFLOWMP\x01", "little")
-LAYOUT = 2
+LAYOUT = 3
 
 W_MAGIC, W_LAYOUT, W_SIZE, W_SLOTS, W_PID, W_START, W_KEY, W_RESTARTS = 0, 1, 2, 3, 4, 5, 8, 10
 W_VERSION, W_STATUS, W_HORIZON, W_CLAIMED, W_NAME, W_RING = 16, 17, 24, 25, 64, 128
@@ -72,7 +73,7 @@ RECORD = 8
 """Words in a commit record: version, trie root, number of keys, time (ns), receipts (two blocks), two in reserve."""
 R_VERSION, R_ROOT, R_COUNT, R_TIME, R_BASE, R_DELTA = 0, 1, 2, 3, 4, 5
 
-ARRAYS = 8
+ARRAYS = 9
 """Arrays with a word for each slot, beside the pins."""
 PINS = 16
 """Pin words for each slot: the last one is a floor (`store.pins`)."""
@@ -162,7 +163,8 @@ class Segment:
         self.waiting = self.finished + array
         self.pids = self.waiting + array
         self.starts = self.pids + array
-        self.tenants = self.starts + array
+        self.spaces = self.starts + array
+        self.tenants = self.spaces + array
         self.waits = self.tenants + array
         self.waited = self.waits + array
         self.pins = self.waited + array
@@ -177,12 +179,13 @@ class Segment:
 
     @classmethod
     def create(
-        cls, token: str, flow: str, *, capacity: int, slots: int, pid: int, start: int, status: int = SERVING
+        cls, token: str, flow: str, *, capacity: int, slots: int, identity: Identity, status: int = SERVING
     ) -> Segment:
         """Create the segment of a flow, with an empty state.
 
         Args:
             capacity: bytes for the state, claimed only as they are used.
+            identity: the coordinator.
 
         Raises:
             StateFull: shared memory has no room for even an empty flow.
@@ -204,7 +207,7 @@ class Segment:
             words = segment.words
             segment._claim_bytes(0, _round_up(segment.arena * WORD, PAGE), flow)
             words[W_LAYOUT], words[W_SIZE], words[W_SLOTS] = LAYOUT, size, slots
-            words[W_PID], words[W_START] = pid, start
+            words[W_PID], words[W_START] = identity.pid, identity.start
             segment.buffer[W_KEY * WORD : (W_KEY + 2) * WORD] = os.urandom(16)
             encoded = flow.encode()[: NAME_BYTES - WORD]
             segment.buffer[W_NAME * WORD : W_NAME * WORD + len(encoded)] = encoded

@@ -62,8 +62,8 @@ class Session:
         self.is_open = stream is not None
         self.is_away = stream is None
         self.said_goodbye = False
-        self.is_dead = False
-        self.pidfd = open_pidfd(identity.pid)
+        self.pidfd = open_pidfd(identity)
+        self.is_dead = identity.is_dead()  # behind the descriptor, which may be that of the pid's next process
 
     @property
     def stream(self) -> Stream:
@@ -100,7 +100,8 @@ class Sessions:
         self._receipts = receipts
         self._welcome = welcome
         self._owner = owner
-        self._owner_pidfd = open_pidfd(owner.pid) if owner else -1
+        self._me = Identity.mine()
+        self._owner_pidfd = open_pidfd(owner) if owner else -1
         self.epoll = select.epoll()
         self._by_slot: dict[int, Session] = {}
         self._watched: dict[int, Session] = {}
@@ -173,10 +174,10 @@ class Sessions:
         except ProtocolError as error:
             self.expel(session, error)
             return
-        if frames:
-            arrived.append((session, frames))
-        if session.stream.has_ended:
+        if frames is None:
             self.close(session)
+        elif frames:
+            arrived.append((session, frames))
 
     def expel(self, session: Session, error: Exception) -> None:
         """Close the connection of a process that broke the rules."""
@@ -260,13 +261,15 @@ class Sessions:
             if "refused" in answer:
                 newcomer.close()
                 continue
-            tenancy = self._gate.tenancy(answer["slot"])
-            identity = Identity.of(tenancy.pid)
-            session = Session(Stream(newcomer), tenancy.slot, tenancy.tenant, identity)
-            session.answered = self._receipts.of(tenancy.tenant) or None
+            session = self._session(Stream(newcomer), self._gate.tenancy(answer["slot"]))
+            session.answered = self._receipts.of(session.tenant) or None
             self._enter(session)
             self._watch(session, select.EPOLLIN, new=True)
             logger.debug("pid %d attached in slot %d", session.identity.pid, session.slot)
+
+    def _session(self, stream: Stream | None, tenancy: Tenancy) -> Session:
+        identity = Identity(tenancy.pid, tenancy.start, self._me.boot, tenancy.space)
+        return Session(stream, tenancy.slot, tenancy.tenant, identity)
 
     def _enter(self, session: Session) -> None:
         former = self._by_slot.get(session.slot)
@@ -277,14 +280,11 @@ class Sessions:
             self._watched[session.pidfd] = session
             self.epoll.register(session.pidfd, select.EPOLLIN)
 
-    def expect(self, tenancies: list[Tenancy], boot: int) -> None:
+    def expect(self, tenancies: list[Tenancy]) -> None:
         """After a takeover: these had a slot, and may come back to it."""
         self._grace = time.monotonic() + GRACE
         for tenancy in tenancies:
-            session = Session(None, tenancy.slot, tenancy.tenant, Identity(tenancy.pid, tenancy.start, boot))
-            # The descriptor may be that of a process which has the pid by now.
-            session.is_dead = session.identity.is_dead()
-            self._enter(session)
+            self._enter(self._session(None, tenancy))
         self.has_leavers = True
         self.reclaim()
 
@@ -308,11 +308,12 @@ class Sessions:
         known = set(sys.path)
         if len(known) + len(paths) <= ALL_PATHS:
             sys.path += [path for path in dict.fromkeys(paths) if path not in known]
-        pid = handshake.peer(newcomer)[0] or int(greeting.get("pid", 0))
+        # The kernel does not tell the pid of a process that we cannot see: one of another pid namespace, or on macOS.
+        pid = handshake.peer(newcomer)[0]
+        identity = Identity.of(pid) if pid else _claimed(greeting)
         if greeting.get("resume") is not None:
-            slot, tenant = self._let_back(pid, *greeting["resume"])
+            slot, tenant = self._let_back(identity, *greeting["resume"])
             return {**self._welcome, "slot": slot, "tenant": tenant, "semaphore": self._gate.semaphore_of(slot)}
-        identity = Identity.of(pid)
         self._forget_tries(identity)
         free = self._free_slot()
         if free is None:
@@ -321,14 +322,14 @@ class Sessions:
                 f"all {self._segment.slots - 1} places are taken by live processes; "
                 "start the flow with a larger max_workers=",
             )
-        semaphore = self._gate.admit(free, identity.pid, identity.start)
+        semaphore = self._gate.admit(free, identity)
         tenant = self._gate.tenancy(free).tenant
         return {**self._welcome, "slot": free, "tenant": tenant, "semaphore": semaphore}
 
-    def _let_back(self, pid: int, slot: int, tenant: int, first: int) -> tuple[int, int]:
+    def _let_back(self, newcomer: Identity, slot: int, tenant: int, first: int) -> tuple[int, int]:
         """Somebody comes back to the slot that it had; its first P1 without an answer has number *first*."""
         session = self._by_slot.get(slot)
-        if session is None or session.said_goodbye or (session.tenant, session.identity.pid) != (tenant, pid):
+        if session is None or session.said_goodbye or session.tenant != tenant or not session.identity.may_be(newcomer):
             raise _Refused("CoordinatorLost", f"slot {slot} is no longer kept for tenant {tenant}")
         if not session.is_away:
             # It was here already, and a signal handler raised before it knew. It sends everything once more.
@@ -341,7 +342,7 @@ class Sessions:
     def _forget_tries(self, newcomer: Identity) -> None:
         """A process that attaches anew has given up what it had from a dead coordinator, unless it reads there."""
         for session in self:
-            mine = session.is_away and session.identity[:2] == newcomer[:2]
+            mine = session.is_away and session.identity == newcomer
             if mine and not has_pins(self._segment, session.slot):
                 self._release(session)
 
@@ -469,6 +470,13 @@ class Sessions:
 
     def __repr__(self) -> str:
         return f"<Sessions {list(self._by_slot.values())}>"
+
+
+def _claimed(greeting: dict[str, Any]) -> Identity:
+    fields = greeting.get("identity")
+    if type(fields) is not list or len(fields) != 4 or not all(type(field) is int for field in fields):
+        raise _Refused("ProtocolError", "its greeting is damaged")
+    return Identity(*fields)
 
 
 class _Refused(Exception):

@@ -17,6 +17,7 @@ from .core import logger
 from .errors import TaskCrashed, TaskTimeout
 from .failures import pack_failure
 from .gate import GateKeeper, Tenancy
+from .processes import Identity
 from .segment import SERVING, W_LOADING, W_PID, W_RESTARTS, W_START, W_STATUS, W_SUSPECT, Segment
 from .store import Receipt, StoreWriter, read_receipts
 from .suspect import Suspect, loading_seq, suspect_of
@@ -26,9 +27,7 @@ __all__ = ["take_over"]
 audit = sys.audit
 
 
-def take_over(
-    segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str, pid: int, start: int
-) -> list[Tenancy]:
+def take_over(segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str, me: Identity) -> list[Tenancy]:
     """Recover the committed state; return who had a slot.
 
     Raises:
@@ -37,7 +36,7 @@ def take_over(
     words = segment.words
     # Processes that wait for a new coordinator look at this word.
     words[W_RESTARTS] += 1
-    words[W_PID], words[W_START] = pid, start
+    words[W_PID], words[W_START] = me.pid, me.start
     audit("strictflow_mp.takeover.begun")
     writer.recover()
     audit("strictflow_mp.takeover.recovered")
@@ -66,7 +65,7 @@ def take_over(
     logger.warning(
         "flow %r: the former coordinator died; pid %d goes on from version %d (restart %d)",
         flow,
-        pid,
+        me.pid,
         writer.version,
         words[W_RESTARTS],
     )

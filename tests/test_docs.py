@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from strictflow_mp import extensions, segment
+from strictflow_mp.processes import Identity
 from strictflow_mp.segment import Segment
 from strictflow_mp.store import StoreWriter, trie
 
@@ -43,7 +44,9 @@ def table(text: str, *header: str) -> list[list[str]]:
 
 @pytest.fixture
 def shared() -> Iterator[Segment]:
-    made = Segment.create(secrets.token_hex(6), "flow", capacity=1 << 20, slots=65, pid=os.getpid(), start=1)
+    made = Segment.create(
+        secrets.token_hex(6), "flow", capacity=1 << 20, slots=65, identity=Identity(os.getpid(), 1, 0, 0)
+    )
     yield made
     made.unlink()
     made.close()

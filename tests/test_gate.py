@@ -21,6 +21,7 @@ import pytest
 from strictflow_mp import FlowNotRunning, StrictFlow
 from strictflow_mp import gate as gate_module
 from strictflow_mp.gate import Gate, GateKeeper, condemn, semaphore_name
+from strictflow_mp.processes import Identity
 from strictflow_mp.segment import Segment
 
 SLOTS = 8
@@ -33,14 +34,16 @@ class House:
 
     def __init__(self):
         self.token = secrets.token_hex(6)
-        self.segment = Segment.create(self.token, "house", capacity=1, slots=SLOTS, pid=os.getpid(), start=0)
+        self.segment = Segment.create(
+            self.token, "house", capacity=1, slots=SLOTS, identity=Identity(os.getpid(), 0, 0, 0)
+        )
         self.keeper = GateKeeper(self.segment, self.token)
         self.gates = {}
         self.readers = []
 
     def gate(self, slot):
         if slot not in self.gates:
-            name = self.keeper.admit(slot, os.getpid(), 0)
+            name = self.keeper.admit(slot, Identity(os.getpid(), 0, 0, 0))
             self.gates[slot] = Gate(self.segment, slot, posix_ipc.Semaphore(name))
         return self.gates[slot]
 
@@ -380,7 +383,7 @@ def test_no_wake_up_is_lost_among_many_threads_and_processes(house):
     context = multiprocessing.get_context("spawn")
     processes = []
     for slot in slots:
-        name = house.keeper.admit(slot, os.getpid(), 0)
+        name = house.keeper.admit(slot, Identity(os.getpid(), 0, 0, 0))
         arguments = (house.segment.name, slot, name, threads, rounds)
         processes.append(context.Process(target=submit_and_read, args=arguments, daemon=True))
         processes[-1].start()
@@ -471,6 +474,7 @@ def test_a_handler_that_raises_at_any_instant_leaves_no_signal_blocked_and_no_lo
         import posix_ipc
         from strictflow_mp import gate as gate_module
         from strictflow_mp.gate import Gate, GateKeeper
+        from strictflow_mp.processes import Identity
         from strictflow_mp.segment import Segment
 
         class Rung(Exception):
@@ -501,9 +505,9 @@ def test_a_handler_that_raises_at_any_instant_leaves_no_signal_blocked_and_no_lo
         gate_module.SPIN = 0
         signal.signal(signal.SIGALRM, ring)
         token = secrets.token_hex(6)
-        segment = Segment.create(token, "house", capacity=1, slots=2, pid=os.getpid(), start=0)
+        segment = Segment.create(token, "house", capacity=1, slots=2, identity=Identity(os.getpid(), 0, 0, 0))
         keeper = GateKeeper(segment, token)
-        semaphore = keeper.admit(1, os.getpid(), 0)
+        semaphore = keeper.admit(1, Identity(os.getpid(), 0, 0, 0))
         gate = Gate(segment, 1, posix_ipc.Semaphore(semaphore))
         segment.unlink()
         posix_ipc.unlink_semaphore(semaphore)

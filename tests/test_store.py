@@ -26,6 +26,7 @@ from watched import Watched, WatchedSegment, nothing
 
 from strictflow_mp import segment as segments
 from strictflow_mp.errors import StateFull, StrictFlowError
+from strictflow_mp.processes import Identity
 from strictflow_mp.segment import RING, W_KEY, W_VERSION, Segment
 from strictflow_mp.store import Pins, StoreReader, StoreWriter, Version, commit
 from strictflow_mp.store import arena as arenas
@@ -42,7 +43,9 @@ class Store:
 
     def __init__(self, capacity: int = 1 << 20) -> None:
         token = secrets.token_hex(6)
-        self.segment = Segment.create(token, "store", capacity=capacity, slots=4, pid=os.getpid(), start=1)
+        self.segment = Segment.create(
+            token, "store", capacity=capacity, slots=4, identity=Identity(os.getpid(), 1, 0, 0)
+        )
         self.segment.words[W_KEY : W_KEY + 2] = memoryview(bytes(16)).cast("Q")  # the same tries in every run
         self._opened = [self.segment]
         self.writer = StoreWriter(self.segment, "store")
@@ -634,7 +637,9 @@ class ArenaMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.segment = Segment.create(secrets.token_hex(6), "arena", capacity=1 << 16, slots=1, pid=1, start=1)
+        self.segment = Segment.create(
+            secrets.token_hex(6), "arena", capacity=1 << 16, slots=1, identity=Identity(1, 1, 0, 0)
+        )
         self.arena = Arena(self.segment, "arena", NODE)
         self.arena.prepare()
         self.reserve = self.arena.used
@@ -724,7 +729,7 @@ class ArenaMachine(RuleBasedStateMachine):
 
 def test_all_that_is_free_can_be_had_in_one_block_however_it_was_split(monkeypatch):
     monkeypatch.setattr(segments, "STEP", segments.PAGE)
-    segment = Segment.create(secrets.token_hex(6), "arena", capacity=1 << 16, slots=1, pid=1, start=1)
+    segment = Segment.create(secrets.token_hex(6), "arena", capacity=1 << 16, slots=1, identity=Identity(1, 1, 0, 0))
     arena = Arena(segment, "arena", NODE)
     blocks = [arena.allocate(1) for _ in range(arena.free // 2)]
     for index in blocks:
