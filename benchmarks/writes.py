@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import secrets
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from time import perf_counter
 from msgpack import packb
 
 from strictflow_mp import StrictFlow, Task, write
+from strictflow_mp.processes import Identity
 from strictflow_mp.segment import Segment
 from strictflow_mp.store import StoreWriter
 from strictflow_mp.values import pack, pack_key
@@ -121,7 +121,7 @@ def pipelined(size: Size) -> Outcome:
 @contextmanager
 def store(keys: int) -> Iterator[StoreWriter]:
     """A store of that many keys, in a segment of its own, without a coordinator."""
-    segment = Segment.create(secrets.token_hex(6), "bench", capacity=1 << 30, slots=2, pid=os.getpid(), start=0)
+    segment = Segment.create(secrets.token_hex(6), "bench", capacity=1 << 30, slots=2, identity=Identity.mine())
     try:
         writer = StoreWriter(segment, "bench")
         writer.create()
