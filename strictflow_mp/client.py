@@ -160,7 +160,7 @@ class Client:
                 raise error.of(self.name) from error.__cause__
             self.is_stopped = False
             self._attachment = attachment
-            self.state.bind(attachment.segment, attachment.gate)
+            self.state.bind(attachment.segment, attachment.gate, attachment.reader)
             return attachment
 
     def close(self) -> None:

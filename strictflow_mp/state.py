@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
-from .segment import W_VERSION, Segment
-from .store import Cell, StoreReader, Version
+from .segment import W_RESTARTS, W_VERSION, Segment
+from .store import Cell, Route, StoreReader, Version
 from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
 
 __all__ = ["FlowState", "Snapshot", "View", "decode", "pack_changes", "pack_deletes", "scope"]
@@ -51,7 +51,7 @@ class View(Mapping[Any, Any]):
     def _find(self, key: Any) -> tuple[Version, Cell | None]:
         packed = _packed_key(key, self._flow)
         version = self._at()
-        return version, self._reader.find(version, packed, self._reader.hash(packed))
+        return version, self._reader.find(version, self._reader.route(packed))
 
     def __getitem__(self, key: Any) -> Any:
         version, cell = self._find(key)
@@ -173,36 +173,48 @@ class Host(Protocol):
         """Commit a ready-made P1 and wait for it."""
 
 
+Entry = tuple[int, Any, int, int, Route]
+"""What is known of a key: the version at which it was last looked up, its value, the version that wrote that, the bytes
+that it takes here, and its route. Replaced whole, never changed: a slower thread's entry is merely looked up again."""
+
+
 class _Cache:
-    """Decoded values, by key: birth of their cell, value, size of its payload, packed key, hash."""
+    """Decoded values, by key, bounded in bytes."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._size = 0
-        self.entries: dict[Any, tuple[int, Any, int, bytes, int]] = {}
+        self.entries: dict[Any, Entry] = {}
 
-    def put(self, key: Any, birth: int, value: Any, size: int, packed: bytes, digest: int) -> bool:
-        """Keep a value, at the cost of the oldest; False when that, or itself, did not fit."""
-        former = self.entries.pop(key, None)
-        if former is not None:
-            self._size -= former[2]
-        if size > self._limit:
-            return False
-        self.entries[key] = (birth, value, size, packed, digest)
+    def put(self, key: Any, entry: Entry, former: Entry | None) -> None:
+        """Keep a value in place of its former one; at the cost of those that are here longest."""
+        size = entry[3] if former is None else entry[3] - former[3]
+        if self._size + size > self._limit:
+            self.entries.pop(key, None)
+            if former is not None:
+                self._size -= former[3]
+            if entry[3] > self._limit:
+                return
+            size = entry[3]
+            self._make_room(size)
+        self.entries[key] = entry
         self._size += size
-        fits = self._size <= self._limit
-        while self._size > self._limit:
+
+    def _make_room(self, size: int) -> None:
+        while self._size + size > self._limit:
             try:
                 oldest = next(iter(self.entries))
-            except (StopIteration, RuntimeError):
-                break  # another thread is at it
+            except StopIteration:
+                self._size = 0  # threads that counted at the same time have left it wrong
+                return
+            except RuntimeError:
+                return  # another thread is at it
             dropped = self.entries.pop(oldest, None)
             if dropped is not None:
-                self._size -= dropped[2]
-        return fits
+                self._size -= dropped[3]
 
 
-OVERHEAD = 256
+OVERHEAD = 512
 """Bytes that a cached value takes beside its payload, about."""
 
 
@@ -217,106 +229,101 @@ class FlowState(MutableMapping[Any, Any]):
     def __init__(self, host: Host, cache_bytes: int) -> None:
         self._host = host
         self._cache_bytes = cache_bytes
+        self._scopes: dict[int, None] = {}  # one for each worker-side P2 under way, in any thread
         self.unbind()
 
-    def bind(self, segment: Segment, gate: Gate) -> None:
+    def bind(self, segment: Segment, gate: Gate, reader: StoreReader) -> None:
         """Look at a segment from now on."""
-        self._cache = _Cache(self._cache_bytes)
-        self._fresh: tuple[int, dict[Any, Any]] = (-1, {})
-        self._words = segment.words
-        self._submitted: Any = gate.submitted
-        self._finished: Any = gate.finished
+        cache = _Cache(self._cache_bytes)
+        restarts = segment.words[W_RESTARTS]
+        # One tuple, so that no thread looks at one flow's gate and at another's versions.
+        self._bound: Any = (gate.submitted, gate.finished, segment.words, cache.entries, cache, reader, restarts)
 
     def unbind(self) -> None:
         """Look at nothing: the next read attaches first."""
-        self._submitted, self._finished = 0, 1
-        self._cache = _Cache(self._cache_bytes)
-        self._fresh = (-1, {})
+        self._bound = (0, 1, None, {}, _Cache(0), None, 0)
 
     def __getitem__(self, key: Any) -> Any:
-        # The gate is open, and the version is the one that the fresh values were checked at. The flag is
-        # looked at first: what was submitted before is finished, so its commit is in the version seen.
-        # Within a worker-side P2, `scope` holds what to read.
-        if self._submitted == self._finished and scope.get() is None:
-            version, values = self._fresh
-            if self._words[W_VERSION] == version:
-                try:
-                    return values[key]
-                except (KeyError, TypeError):
-                    pass
+        submitted, finished, words, entries, cache, reader, restarts = self._bound
+        # The flag first: what was submitted before is finished, so its commit is in the version seen.
+        if submitted == finished and not self._scopes:
+            try:
+                entry = entries[key]
+            except (KeyError, TypeError):
+                return self._read(key)
+            if entry[0] == words[W_VERSION]:
+                return entry[1]
+            if words[W_RESTARTS] == restarts:
+                return self._look_up(reader, cache, key, entry[4], entry)
         return self._read(key)
 
     def _read(self, key: Any) -> Any:
+        """As `__getitem__`, without its short cuts."""
         scoped = scope.get()
         if scoped is not None and self._host.name in scoped:
             return scoped[self._host.name][key]
         reader = self._host.pass_gate()
+        _, _, _, entries, cache, bound_reader, _ = self._bound
+        if bound_reader is not reader:
+            entries, cache = {}, _Cache(0)  # another thread is about to bind or has unbound
         try:
-            known = self._cache.entries.get(key)
+            entry = entries.get(key)
         except TypeError:
-            known = None  # unhashable: pack_key says what is wrong with it
-        if known is not None:
-            birth, value, _, packed, digest = known
-            found = reader.get(packed, digest, birth)
-        else:
-            packed = _packed_key(key, self._host.name)
-            digest = reader.hash(packed)
-            found = reader.get(packed, digest, -1)
+            entry = None  # unhashable: pack_key says what is wrong with it
+        route = reader.route(_packed_key(key, self._host.name)) if entry is None else entry[4]
+        return self._look_up(reader, cache, key, route, entry)
+
+    def _look_up(self, reader: StoreReader, cache: _Cache, key: Any, route: Route, former: Entry | None) -> Any:
+        """The value of a key; the gate has been passed."""
+        known = -1 if former is None else former[2]
+        found = reader.get(route, known)
         if found is None:
             raise KeyError(key)
-        version, now, payload = found
+        version, birth, payload = found
         if payload is not None:
             value = unpack_frozen(payload)
-            if not self._cache.put(key, now, value, len(payload) + OVERHEAD, packed, digest):
-                self._fresh = (-1, {})  # it may hold what was dropped
-                return value
-        elif known is None or now != birth:
-            return self._read_arrays(reader, key)
-        self._remember(version, key, value)
-        return value
+            cache.put(key, (version, value, birth, len(payload) + OVERHEAD, route), former)
+            return value
+        if former is None or birth != known:
+            return self._read_arrays(reader, key, route)
+        cache.entries[key] = (version, former[1], birth, former[3], route)
+        return former[1]
 
-    def _read_arrays(self, reader: StoreReader, key: Any) -> Any:
+    def _read_arrays(self, reader: StoreReader, key: Any, route: Route) -> Any:
         # Not cached: the cache would keep the version pinned.
         version = reader.pin_exact() or reader.pin()
         try:
-            packed = pack_key(key)
-            cell = reader.find(version, packed, reader.hash(packed))
+            cell = reader.find(version, route)
             if cell is None:
                 raise KeyError(key)
             return decode(reader, version, cell)
         finally:
             reader.unpin(version)
 
-    def _remember(self, version: int, key: Any, value: Any) -> None:
-        fresh = self._fresh
-        if fresh[0] == version:
-            fresh[1][key] = value
-        elif version > fresh[0]:
-            # A new dict for each version: a slower thread puts its older value where nobody looks any more.
-            self._fresh = (version, {key: value})
-
     @contextmanager
     def within(self, snapshot: Snapshot) -> Iterator[None]:
         """In this context, `flow.state` is the snapshot."""
         token = scope.set({**(scope.get() or {}), self._host.name: snapshot})
+        self._scopes[id(token)] = None
         try:
             yield
         finally:
+            del self._scopes[id(token)]
             scope.reset(token)
 
     def peek(self, key: Any) -> Any:
         """The committed value without the gate; KeyError when absent."""
         reader = self._host.reader()
-        packed = _packed_key(key, self._host.name)
-        found = reader.get(packed, reader.hash(packed), -1)
+        route = reader.route(_packed_key(key, self._host.name))
+        found = reader.get(route)
         if found is None:
             raise KeyError(key)
-        return self._read_arrays(reader, key) if found[2] is None else unpack_frozen(found[2])
+        return self._read_arrays(reader, key, route) if found[2] is None else unpack_frozen(found[2])
 
     def snapshot(self, *, gated: bool = True) -> Snapshot:
         """A view of one version, behind the gate or not."""
         enter = self._host.pass_gate if gated else self._host.reader
-        return Snapshot(self._host.name, enter, lambda: not gated or self._submitted == self._finished)
+        return Snapshot(self._host.name, enter, lambda: not gated or self._bound[0] == self._bound[1])
 
     def _snapshot(self) -> Snapshot:
         scoped = scope.get()

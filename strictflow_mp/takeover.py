@@ -18,13 +18,16 @@ from .errors import TaskCrashed, TaskTimeout
 from .failures import pack_failure
 from .gate import GateKeeper, Tenancy
 from .processes import Identity
-from .segment import SERVING, W_LOADING, W_PID, W_RESTARTS, W_START, W_STATUS, W_SUSPECT, Segment
+from .segment import SERVING, W_LOADING, W_LOADINGS, W_PID, W_RESTARTS, W_START, W_STATUS, W_SUSPECT, Segment
 from .store import Receipt, StoreWriter, read_receipts
 from .suspect import Suspect, loading_seq, suspect_of
 
 __all__ = ["take_over"]
 
 audit = sys.audit
+
+LOADINGS = 4
+"""How many coordinators in a row must die while they load a function before that is taken to be its fault."""
 
 
 def take_over(segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str, me: Identity) -> list[Tenancy]:
@@ -42,14 +45,16 @@ def take_over(segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str
     audit("strictflow_mp.takeover.recovered")
     tenancies = gate.take_over()
     suspect = suspect_of(segment)
-    if suspect is not None and (not suspect.is_loading or words[W_LOADING] == words[W_SUSPECT]):
+    if suspect is None or not suspect.is_loading:
+        words[W_LOADING] = 0
+    elif _count_loading(words) < LOADINGS:
+        words[W_SUSPECT] = 0  # counted: if we die now, that is no more of its fault
+        suspect = None
+    if suspect is not None:
         _convict(suspect, writer, gate, flow)
     # A new version in any case: whoever reads next finds its own copies outdated, looks closer, and comes back to us
     # with what it had submitted, before it can read a state without that.
     writer.publish({})
-    # Loading changes nothing, and every process that comes back has its functions loaded anew, so a kill from outside
-    # often meets it: only the second death in a row convicts.
-    words[W_LOADING] = words[W_SUSPECT] if suspect is not None and suspect.is_loading else 0
     audit("strictflow_mp.takeover.convicted")
     slots = {tenancy.tenant: tenancy.slot for tenancy in tenancies}
     numbers: dict[int, int] = {}
@@ -70,6 +75,19 @@ def take_over(segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str
         words[W_RESTARTS],
     )
     return tenancies
+
+
+def _count_loading(words: memoryview) -> int:
+    """Count how many coordinators in a row died while they loaded the function that SUSPECT names.
+
+    Loading changes nothing, and every process that comes back has its functions loaded anew, so a kill from outside
+    often meets it.
+    """
+    if words[W_LOADING] != words[W_SUSPECT]:
+        words[W_LOADINGS] = 0
+        words[W_LOADING] = words[W_SUSPECT]
+    words[W_LOADINGS] += 1
+    return int(words[W_LOADINGS])
 
 
 def _convict(suspect: Suspect, writer: StoreWriter, gate: GateKeeper, flow: str) -> None:

@@ -46,7 +46,7 @@ class Burst:
         return self._committed(key)
 
     def _committed(self, key: bytes) -> bytes | None:
-        cell = self._reader.find(self._version, key, self._reader.hash(key))
+        cell = self._reader.find(self._version, self._reader.route(key))
         return None if cell is None else bytes(cell.payload)
 
     def __iter__(self) -> Iterator[bytes]:

@@ -17,13 +17,16 @@ import platform
 from _thread import allocate_lock
 from collections.abc import Callable
 
-__all__ = ["WORD", "fence", "publish_fence", "read_fence", "words_of"]
+__all__ = ["WEAK", "WORD", "fence", "publish_fence", "read_fence", "words_of"]
 
 WORD = 8
 """Bytes in a word."""
 
 TOTAL_STORE_ORDER = platform.machine().lower() in {"x86_64", "amd64"}
 """Whether the machine keeps load-load and store-store order (x86-64)."""
+
+WEAK = not TOTAL_STORE_ORDER
+"""For the hottest paths, to spare a call: only where this is true do `publish_fence` and `read_fence` do anything."""
 
 # Each call takes a lock of its own: none can be found taken, be it by a fork or by a signal handler that raised.
 

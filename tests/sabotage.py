@@ -8,11 +8,10 @@ from collections.abc import Iterator
 
 from strictflow_mp import gate, state, transaction
 from strictflow_mp.client import Client
-from strictflow_mp.segment import W_LOADING
+from strictflow_mp.segment import W_LOADINGS
 from strictflow_mp.store import commit, pins, reader
-from strictflow_mp.store.trie import LEVELS
 
-W_NEVER_WRITTEN = W_LOADING + 1
+W_NEVER_WRITTEN = W_LOADINGS + 1
 
 
 def reuse_memory_at_once() -> None:
@@ -22,19 +21,26 @@ def reuse_memory_at_once() -> None:
 
 def dawdle() -> None:
     """In a reader; breaks nothing, but now and then it stops in the middle of a read."""
-    reader._DEPTHS = Dawdling()
+
+    def route(self, key):
+        found = route_well(self, key)
+        return found._replace(turns=Dawdling(found.turns))
+
+    route_well, reader.StoreReader.route = reader.StoreReader.route, route
 
 
 class Dawdling:
-    """`range(LEVELS)` that takes its time, once in a while."""
+    """Turns that take their time, once in a while."""
 
-    def __init__(self) -> None:
-        self._walks = itertools.count()
+    walks = itertools.count()
+
+    def __init__(self, turns: tuple[int, ...]) -> None:
+        self._turns = turns
 
     def __iter__(self) -> Iterator[int]:
-        pause = 0.002 if next(self._walks) % 20 == 0 else 0
-        for level in range(LEVELS):
-            yield level
+        pause = 0.002 if next(self.walks) % 20 == 0 else 0
+        for turn in self._turns:
+            yield turn
             if pause:
                 time.sleep(pause)
 
@@ -42,9 +48,10 @@ class Dawdling:
 def open_the_gate() -> None:
     """In a reader: it never waits."""
 
-    def bind(self, segment, gate):
-        bind_well(self, segment, gate)
-        self._submitted = self._finished
+    def bind(self, *bound):
+        bind_well(self, *bound)
+        finished = self._bound[1]
+        self._bound = (finished, *self._bound[1:])
 
     bind_well, state.FlowState.bind = state.FlowState.bind, bind
     Client.pass_gate = lambda self, timeout=None: self.attach().reader

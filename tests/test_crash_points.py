@@ -390,7 +390,7 @@ def last_commit(flow: StrictFlow) -> Iterator[Callable[[Any], Any]]:
 
     def read(key: Any) -> Any:
         packed = pack_key(key)
-        return unpack(reader.get(packed, reader.hash(packed))[2])
+        return unpack(reader.get(reader.route(packed))[2])
 
     try:
         yield read

@@ -869,7 +869,7 @@ class Damaged:
             reader = StoreReader(segment, Pins(segment, 1))
             for key in [*KEYS, pack_key("absent")]:
                 with contextlib.suppress(StrictFlowError):
-                    found = reader.get(key, reader.hash(key))
+                    found = reader.get(reader.route(key))
                     if found is not None and found[2] is not None:
                         unpack_frozen(found[2])
             with (

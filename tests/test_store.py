@@ -75,7 +75,7 @@ class Store:
         return writer
 
     def get(self, key: bytes) -> bytes | None:
-        found = self.reader.get(key, self.reader.hash(key))
+        found = self.reader.get(self.reader.route(key))
         return found and found[2]
 
     def items(self) -> dict[bytes, bytes]:
@@ -274,11 +274,11 @@ class StoreMachine(RuleBasedStateMachine):
     def every_reader_sees_the_last_commit(self) -> None:
         reader = self.readers[1]
         for key in [*KEYS, *self.state]:
-            found = reader.get(key, reader.hash(key))
+            found = reader.get(reader.route(key))
             assert (found and found[1:]) == self.state.get(key)
             if found:
                 assert found[0] == self.writer.version
-                assert reader.get(key, reader.hash(key), found[1]) == (self.writer.version, found[1], None)
+                assert reader.get(reader.route(key), found[1]) == (self.writer.version, found[1], None)
 
     @invariant()
     def every_pinned_version_is_as_it_was(self) -> None:
@@ -286,7 +286,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert version.count == len(state)
             assert {cell.key: (cell.birth, bytes(cell.payload)) for cell in reader.cells(version)} == state
             for key in KEYS[::4]:
-                cell = reader.find(version, key, reader.hash(key))
+                cell = reader.find(version, reader.route(key))
                 assert (cell and (cell.birth, bytes(cell.payload))) == state.get(key)
 
     @invariant()
@@ -375,7 +375,7 @@ def test_whatever_is_committed_between_two_loads_a_read_returns_a_value_of_its_t
             history.advance(1)
         segment.interrupt(moment, lambda: history.advance(commits))
         before, segment.looks = store.writer.version, 0
-        found = reader.get(KEYS[0], reader.hash(KEYS[0]))
+        found = reader.get(reader.route(KEYS[0]))
         assert is_true(found, history, before, store.writer.version)
         again += segment.looks > 1
         if not segment.has_been_interrupted():
@@ -392,7 +392,7 @@ def test_a_read_that_is_overtaken_at_every_load_still_ends(new_store):
     segment.on_access = lambda: history.advance(1)
     for _ in range(5):
         before = store.writer.version
-        assert is_true(reader.get(KEYS[0], reader.hash(KEYS[0])), history, before, store.writer.version)
+        assert is_true(reader.get(reader.route(KEYS[0])), history, before, store.writer.version)
 
 
 @pytest.mark.parametrize("commits", [RING - 1, RING, RING + 1, 2 * RING])
@@ -403,7 +403,7 @@ def test_a_reader_overtaken_by_the_whole_ring_of_commit_records_looks_again(new_
     for moment in range(1, 4):
         segment.interrupt(moment, lambda: history.advance(commits))
         before = store.writer.version
-        found = reader.get(KEYS[0], reader.hash(KEYS[0]))
+        found = reader.get(reader.route(KEYS[0]))
         assert is_true(found, history, before, store.writer.version)
 
 
@@ -435,7 +435,7 @@ def read_until_overtaken(name: str, times: int, report: Any) -> None:
             segment.interrupt(draw.randrange(1, 12), stand_still)
         began = segment.plain[W_VERSION]
         segment.looks = 0
-        found = reader.get(key, reader.hash(key))
+        found = reader.get(reader.route(key))
         reads += 1
         overtaken += segment.looks > 1
         if found is not None:
@@ -611,7 +611,7 @@ def test_a_snapshot_never_shows_other_data_when_another_writer_has_taken_over(ne
     fill(store, b"other!", start=100)
     for key in keys:
         try:
-            cell = store.reader.find(version, key, store.reader.hash(key))
+            cell = store.reader.find(version, store.reader.route(key))
         except StrictFlowError:
             continue
         assert cell is not None
@@ -621,9 +621,9 @@ def test_a_snapshot_never_shows_other_data_when_another_writer_has_taken_over(ne
 def test_a_value_that_may_hold_arrays_is_read_under_a_pin_only(new_store):
     store = new_store()
     store.writer.publish({b"key": b"\xc1 and what follows"})
-    digest = store.reader.hash(b"key")
-    assert store.reader.get(b"key", digest) == (1, 1, None)
-    cell = store.reader.find(store.reader.pin(), b"key", digest)
+    route = store.reader.route(b"key")
+    assert store.reader.get(route) == (1, 1, None)
+    cell = store.reader.find(store.reader.pin(), route)
     assert cell is not None
     assert cell.payload == b"\xc1 and what follows"
     assert cell.payload.readonly

@@ -6,7 +6,7 @@
 
 from .commit import BURST_BYTES, StoreWriter
 from .pins import PinnedVersions, Pins, clear_pins, has_pins
-from .reader import Cell, StoreReader, Version
+from .reader import Cell, Route, StoreReader, Version
 from .receipts import Receipt, Receipts, read_receipts
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Pins",
     "Receipt",
     "Receipts",
+    "Route",
     "StoreReader",
     "StoreWriter",
     "Version",

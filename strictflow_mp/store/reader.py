@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from ..errors import ProtocolError
 from ..segment import R_COUNT, R_ROOT, RECORD, RING, W_HORIZON, W_RING, W_VERSION, Segment
-from ..words import WORD, read_fence
+from ..words import WEAK, WORD, read_fence
 from .pins import Pins
 from .trie import CELL_HEAD, KEY_SHIFT, LEVELS, PAYLOAD_MASK, Hash, deep_find, walk
 
-__all__ = ["Cell", "StoreReader", "Version"]
+__all__ = ["Cell", "Route", "StoreReader", "Version"]
 
 TRIES = 16
 """Plain reads that the horizon may overtake before a read takes a pin."""
@@ -31,7 +32,11 @@ PINNING = 10_000
 ARRAYS = 0xC1
 """First byte of a payload with arrays (`values`)."""
 
-_DEPTHS = range(LEVELS)
+TURNS = 6
+"""Levels that a route knows its turns for: enough for a thousand million keys. Below, they are worked out."""
+
+_LATER = range(TURNS, LEVELS)
+_ROOTS = W_RING + R_ROOT
 
 
 def _damaged(name: str) -> ProtocolError:
@@ -47,6 +52,14 @@ class Cell:
         self.birth = birth
         self.key = key
         self.payload = payload
+
+
+class Route(NamedTuple):
+    """How a key is found: packed, its hash, and the turns that this takes at the first levels."""
+
+    key: bytes
+    digest: int
+    turns: tuple[int, ...]
 
 
 class Version:
@@ -77,28 +90,36 @@ class StoreReader:
         """The last committed version."""
         return int(self._words[W_VERSION])
 
-    def get(self, key: bytes, digest: int, known: int = -1) -> tuple[int, int, bytes | None] | None:
-        """The committed cell of *key*: version read, version that wrote it, payload. None when absent.
+    def route(self, key: bytes) -> Route:
+        """How *key*, packed, is found in this flow."""
+        digest = self.hash(key)
+        bits = digest & 0x3FFFFFFF  # six times five bits, an int of one digit
+        turns = (bits & 31, bits >> 5 & 31, bits >> 10 & 31, bits >> 15 & 31, bits >> 20 & 31, bits >> 25)
+        return Route(key, digest, turns)
+
+    def get(self, route: Route, known: int = -1) -> tuple[int, int, bytes | None] | None:
+        """The committed cell of a key: version read, version that wrote it, payload. None when absent.
 
         Args:
-            digest: `hash` of the key.
             known: the version that wrote the payload that the caller has already. If it is still that
                 one, the payload is None. It is None too when it holds arrays: those are read under a pin.
         """
-        for _ in range(TRIES):
+        # Every step here counts, for each read of a value that has changed. `tobytes` takes half as long as `bytes`.
+        key, digest, turns = route
+        tries = 0
+        while True:
             words, buffer = self._words, self._buffer
             version = words[W_VERSION]
-            read_fence()
+            if WEAK:
+                read_fence()
             try:
-                pointer = words[W_RING + version % RING * RECORD + R_ROOT]
-                bits = digest
-                for _ in _DEPTHS:
+                pointer = words[_ROOTS + version % RING * RECORD]
+                for turn in turns:
                     if pointer & 1 or not pointer:
                         break
-                    pointer = words[(pointer >> 1) + (bits & 31)]
-                    bits >>= 5
+                    pointer = words[(pointer >> 1) + turn]
                 else:
-                    pointer = deep_find(words, pointer, key, self.hash)
+                    pointer = self._find_deeper(words, pointer, route)
                 found: tuple[int, int, bytes | None] | None = None
                 if pointer:
                     index = pointer >> 1
@@ -107,27 +128,32 @@ class StoreReader:
                         lengths = words[index + 2]
                         start = (index + CELL_HEAD) * WORD
                         middle = start + (lengths >> KEY_SHIFT)
-                        body = middle + 7 & ~7
+                        body = middle + 7 & -8
                         end = body + (lengths & PAYLOAD_MASK)
                         if end > len(buffer):
                             raise IndexError  # a slice would stop at the end without a word
-                        if bytes(buffer[start:middle]) == key:
+                        if buffer[start:middle].tobytes() == key:
                             if birth == known or buffer[body] == ARRAYS:
                                 found = (version, birth, None)
                             else:
-                                found = (version, birth, bytes(buffer[body:end]))
+                                found = (version, birth, buffer[body:end].tobytes())
+                # All that was read before the horizon (load-load).
+                if WEAK:
+                    read_fence()
+                if words[W_HORIZON] <= version:
+                    return found
             except IndexError:
                 # Strayed, or the memory has grown since we looked.
                 self._words, self._buffer = self._segment.claimed()
-                continue
-            # All that was read before the horizon (load-load).
-            read_fence()
-            if words[W_HORIZON] <= version:
-                return found
-        # Overtaken again and again (a huge value, a starved process): take a pin.
+            tries += 1
+            if tries == TRIES:
+                return self._get_pinned(route, known)
+
+    def _get_pinned(self, route: Route, known: int) -> tuple[int, int, bytes | None] | None:
+        """As `get`, when that is overtaken again and again (a huge value, a starved process)."""
         pinned = self.pin()
         try:
-            cell = self.find(pinned, key, digest)
+            cell = self.find(pinned, route)
             if cell is None:
                 return None
             skip = cell.birth == known or cell.payload[0] == ARRAYS
@@ -187,33 +213,40 @@ class StoreReader:
         """Let go of a version that `pin` returned."""
         self._pins.release(version.number)
 
-    def find(self, version: Version, key: bytes, digest: int) -> Cell | None:
-        """The cell of *key* in a pinned version."""
+    def find(self, version: Version, route: Route) -> Cell | None:
+        """The cell of a key in a pinned version."""
         try:
-            return self._find(version, key, digest)
+            return self._find(version, route)
         except IndexError:
             # A pinned walk does not stray: the memory has grown since we looked.
             self._words, self._buffer = self._segment.claimed()
             try:
-                return self._find(version, key, digest)
+                return self._find(version, route)
             except IndexError:
                 raise _damaged(self._segment.name) from None
 
-    def _find(self, version: Version, key: bytes, digest: int) -> Cell | None:
+    def _find(self, version: Version, route: Route) -> Cell | None:
         words = self._words
         pointer = version.root
-        bits = digest
-        for _ in _DEPTHS:
+        for turn in route.turns:
             if pointer & 1 or not pointer:
                 break
-            pointer = words[(pointer >> 1) + (bits & 31)]
-            bits >>= 5
+            pointer = words[(pointer >> 1) + turn]
         else:
-            pointer = deep_find(words, pointer, key, self.hash)
+            pointer = self._find_deeper(words, pointer, route)
         if not pointer:
             return None
         cell = self._cell(pointer)
-        return cell if cell.key == key else None
+        return cell if cell.key == route.key else None
+
+    def _find_deeper(self, words: memoryview, pointer: int, route: Route) -> int:
+        bits = route.digest >> 5 * TURNS
+        for _ in _LATER:
+            if pointer & 1 or not pointer:
+                return pointer
+            pointer = words[(pointer >> 1) + (bits & 31)]
+            bits >>= 5
+        return deep_find(words, pointer, route.key, self.hash)
 
     def cells(self, version: Version) -> Iterator[Cell]:
         """Every cell of a pinned version, in the order of the hashes."""
@@ -235,7 +268,7 @@ class StoreReader:
         end = body + (lengths & PAYLOAD_MASK)
         if end > len(buffer):
             raise IndexError  # a slice would stop at the end without a word
-        return Cell(words[index], bytes(buffer[start:middle]), buffer[body:end].toreadonly())
+        return Cell(words[index], buffer[start:middle].tobytes(), buffer[body:end].toreadonly())
 
     def __repr__(self) -> str:
         return f"<StoreReader at version {self.version()}>"
