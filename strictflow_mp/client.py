@@ -56,6 +56,8 @@ RESTART = 10.0
 EXPELLED = 0.5
 """Seconds after which a coordinator that closed the connection, and lives, is taken to have meant it."""
 RETRY = 0.005
+BATCH = 128
+"""Calls in a frame, at most: the coordinator begins with the first ones while the others are packed."""
 LONG = 1 << 16
 """Bytes of an answer that is acknowledged at once, so that the coordinator need not keep it."""
 SLICE = 0.05
@@ -104,10 +106,9 @@ class Attachment:
         """The number of our first P1 that has no answer; 0 if there is none."""
         for seq in list(self.unread):
             future = self.pending.get(seq)
-            packed = future.frame if future is not None else b""
-            if packed:
-                frame = unpack_frame(packed)
-                return int(frame[4] if frame[0] == wire.CALL else frame[3])
+            sent = future.sent if future is not None else ()
+            if sent:
+                return int(sent[-2])
         return 0
 
     @property
@@ -283,30 +284,44 @@ class Client:
                 room = attachment.max_pending - len(attachment.pending)
                 if attachment.is_lost or room <= 0:
                     continue
-                frames = []
-                function = attachment.functions.get(task)
-                if function is None:
-                    function = len(attachment.function_frames)
-                    frames.append(self._function_frame(task, function))
-                    attachment.function_frames += frames
-                    attachment.functions[task] = function
-                batch = packed[position : position + room]
-                flag = 0
-                for arguments in batch:
-                    number = attachment.last = attachment.last + 1
-                    if task.priority == 1:
-                        flag = attachment.writes = attachment.writes + 1
-                    frame = wire.pack_frame(wire.CALL, number, function, arguments, flag, attachment.acked)
-                    futures.append(self._new_future(attachment, number, task.name, frame))
-                    if task.priority == 1:
-                        attachment.unread.append(number)  # pending by now, or it would be taken as answered
-                    frames.append(frame)
-                data = b"".join(frames)
-                if task.priority == 1:
-                    self._submit(attachment, data)
-                else:
-                    self._send(attachment, data)
+                batch = packed[position : position + min(room, BATCH)]
+                futures += self._call_batch(attachment, task, batch)
             position += len(batch)
+        return futures
+
+    def _call_batch(self, attachment: Attachment, task: Any, batch: list[bytes]) -> list[TaskFuture[Any]]:
+        """Submit calls in one frame. The caller holds `_submitting`."""
+        head = b""
+        function = attachment.functions.get(task)
+        if function is None:
+            function = len(attachment.function_frames)
+            head = self._function_frame(task, function)
+            attachment.function_frames.append(head)
+            attachment.functions[task] = function
+        is_write = task.priority == 1
+        acked, port, pending, label = attachment.acked, attachment.port, attachment.pending, task.name
+        number = first = attachment.last + 1
+        attachment.last += len(batch)
+        flag = 0
+        if is_write:
+            flag = attachment.writes + 1
+            attachment.writes += len(batch)
+        frame = wire.pack_frame(wire.CALL, first, function, batch, flag, acked)
+        futures: list[TaskFuture[Any]] = []
+        for arguments in batch:
+            future: TaskFuture[Any] = TaskFuture(port, number, label)
+            # To be sent again if the coordinator dies before it answers.
+            future.sent = (wire.CALL, number, function, (arguments,), flag, 0)
+            pending[number] = future
+            futures.append(future)
+            number += 1
+            if is_write:
+                flag += 1
+        if is_write:
+            attachment.unread.extend(range(first, number))  # pending by now, or they would be taken as answered
+            self._submit(attachment, head + frame)
+        else:
+            self._send(attachment, head + frame)
         return futures
 
     def put(self, changes: dict[bytes, bytes | None]) -> TaskFuture[Any]:
@@ -319,10 +334,10 @@ class Client:
                     continue
                 number = attachment.last = attachment.last + 1
                 flag = attachment.writes = attachment.writes + 1
-                frame = wire.pack_frame(wire.PUT, number, list(changes.items()), flag, attachment.acked)
-                future = self._new_future(attachment, number, "put", frame)
+                sent = (wire.PUT, number, list(changes.items()), flag, attachment.acked)
+                future = self._new_future(attachment, "put", sent)
                 attachment.unread.append(number)
-                self._submit(attachment, frame)
+                self._submit(attachment, wire.pack_frame(*sent))
                 return future
 
     def write(self, changes: dict[bytes, bytes | None]) -> None:
@@ -338,14 +353,15 @@ class Client:
 
     def _question(self, attachment: Attachment, kind: int, *fields: Any) -> TaskFuture[Any]:
         number = attachment.last = attachment.last + 1
-        frame = wire.pack_frame(kind, number, *fields)
-        future = self._new_future(attachment, number, "question", frame)
-        self._send(attachment, frame)
+        future = self._new_future(attachment, "question", (kind, number, *fields))
+        self._send(attachment, wire.pack_frame(*future.sent))
         return future
 
-    def _new_future(self, attachment: Attachment, number: int, label: str, frame: bytes) -> TaskFuture[Any]:
+    @staticmethod
+    def _new_future(attachment: Attachment, label: str, sent: tuple[Any, ...]) -> TaskFuture[Any]:
+        number = sent[1]
         future: TaskFuture[Any] = TaskFuture(attachment.port, number, label)
-        future.frame = frame  # to be sent again if the coordinator dies before it answers
+        future.sent = sent
         attachment.pending[number] = future
         return future
 
@@ -482,26 +498,35 @@ class Client:
 
     def _settle_one(self, attachment: Attachment, frame: Frame) -> None:
         kind, number = frame[0], frame[1]
-        future = attachment.pending.get(number)
-        if future is None:
-            return
+        pending, unread = attachment.pending, attachment.unread
+        is_long = False
         if kind == wire.RESULT:
-            try:
-                value = unpack(frame[2])
-            except StrictFlowError as error:
-                future.settle(error=error)
-            else:
-                future.settle(value)
-        elif kind == wire.FAILURE:
-            future.settle(error=unpack_failure(frame[2], frame[3], flow=self.name))
-        elif kind == wire.CANCELLED:
-            future.settle_cancelled()
-        attachment.pending.pop(number, None)
-        future.frame = b""
-        unread = attachment.unread
-        while unread and unread[0] not in attachment.pending:
+            for number, payload in enumerate(frame[2], number):  # noqa: B020  the last one's is needed
+                future = pending.get(number)
+                if future is None:
+                    continue
+                is_long = is_long or len(payload) > LONG
+                try:
+                    value = unpack(payload)
+                except StrictFlowError as error:
+                    future.settle(error=error)
+                else:
+                    future.settle(value)
+                future.sent = ()
+                pending.pop(number, None)
+        else:
+            future = pending.get(number)
+            if future is None:
+                return
+            if kind == wire.FAILURE:
+                future.settle(error=unpack_failure(frame[2], frame[3], flow=self.name))
+            elif kind == wire.CANCELLED:
+                future.settle_cancelled()
+            future.sent = ()
+            pending.pop(number, None)
+        while unread and unread[0] not in pending:
             attachment.acked = unread.popleft()
-        if kind == wire.RESULT and len(frame[2]) > LONG and attachment.acked >= number:
+        if is_long and attachment.acked >= number:
             with self._submitting:
                 if not attachment.is_lost:
                     attachment.stream.send(wire.pack_frame(wire.ACK, attachment.acked))
@@ -590,7 +615,7 @@ class Client:
             return False
         stream, welcome = reached
         try:
-            again = [future.frame for future in list(attachment.pending.values()) if not future.done_now()]
+            again = [wire.pack_frame(*future.sent) for future in list(attachment.pending.values()) if future.sent]
             # The last frame counts what nobody sends again: tasks that were taken back.
             count = wire.pack_frame(wire.COUNT, attachment.writes)
             if not stream.send(b"".join([*attachment.function_frames, *again, count])):
@@ -632,15 +657,16 @@ class Client:
             receipts = read_receipts(attachment.segment)
         except (IndexError, struct.error):
             return
-        for tenant, _, number, answer in receipts:
-            future = attachment.pending.get(number)
-            if tenant != attachment.tenant or future is None:
+        for receipt in receipts:
+            if receipt.tenant != attachment.tenant:
                 continue
-            if answer:
-                self._settle_one(attachment, unpack_frame(answer))
-            else:
-                attachment.pending.pop(number, None)
-                future.settle(error=self._executed(future))
+            if receipt.answer:
+                self._settle_one(attachment, unpack_frame(receipt.answer))
+                continue
+            for number in range(receipt.seq, receipt.last + 1):
+                future = attachment.pending.pop(number, None)
+                if future is not None:
+                    future.settle(error=self._executed(future))
 
     def _executed(self, future: TaskFuture[Any]) -> Exception:
         return CoordinatorLost(

@@ -7,6 +7,9 @@ cannot read (a callback, `concurrent.futures.wait`, `await`) a background reader
 from __future__ import annotations
 
 import concurrent.futures
+import logging
+import threading
+from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
     import asyncio
 
 __all__ = ["Port", "TaskFuture"]
+
+# The base class's words.
+_PENDING, _CANCELLED, _FINISHED = "PENDING", "CANCELLED_AND_NOTIFIED", "FINISHED"
 
 T = TypeVar("T")
 
@@ -39,38 +45,63 @@ class TaskFuture(Future[T]):
     ``cancel()`` succeeds until the task starts.
     """
 
+    # One is made for each task, and most are only asked for their result. So what others need is made when they ask:
+    # the condition and the list of callbacks of the base class, which take twice as long as all the rest.
+    _state = _PENDING
+    _result: Any = None
+    _exception: BaseException | None = None
+    _lazy_condition: threading.Condition | None = None
+    _callbacks: deque[Callable[[Future[T]], object]] | None = None
+    _has_told = False
+    has_waiters = False
+    runner: object = None
+    """Keeps alive what settles it."""
+    sent: tuple[Any, ...] = ()
+    """The fields of its frame, as long as it may have to be sent again."""
+
     def __init__(self, port: Port, number: int, label: str) -> None:
-        super().__init__()
         self._port = port
         self.number = number
-        self.has_waiters = False
-        self.runner: object = None  # keeps alive what settles it
         self.label = label
-        self.frame = b""
-        """What was sent, as long as it may have to be sent again."""
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]
+        condition = self._lazy_condition
+        if condition is None:
+            condition = self.__dict__.setdefault("_lazy_condition", threading.Condition())
+        return condition
 
     # concurrent.futures.wait() and as_completed() hang their waiters into this list: the sign that somebody
     # waits without calling us.
 
     @property
-    def _waiters(self) -> list[Any]:
+    def _waiters(self) -> list[Any]:  # type: ignore[override]
         if not self.done_now():
             self._port.serve()
         return self._listeners
 
-    @_waiters.setter
-    def _waiters(self, value: list[Any]) -> None:
-        self._listeners = value
+    @property
+    def _listeners(self) -> list[Any]:
+        listeners: list[Any] = self.__dict__.setdefault("_lazy_listeners", [])
+        return listeners
 
     def done_now(self) -> bool:
         """Whether the answer has been read, without looking for it."""
-        return self._state in ("FINISHED", "CANCELLED_AND_NOTIFIED", "CANCELLED")
+        return self._state != _PENDING
 
     def done(self) -> bool:
         """Whether the task has ended."""
-        if not self.done_now():
+        if self._state == _PENDING:
             self._port.wait(self, 0)
-        return self.done_now()
+        return self._state != _PENDING
+
+    def running(self) -> bool:
+        """Nobody knows: it runs in another process."""
+        return False
+
+    def cancelled(self) -> bool:
+        """Whether it was taken back."""
+        return self._state == _CANCELLED
 
     def result(self, timeout: float | None = None) -> T:
         """What the task returned.
@@ -83,21 +114,49 @@ class TaskFuture(Future[T]):
             concurrent.futures.CancelledError: it was cancelled.
             Exception: what the task raised, with the remote traceback as its cause.
         """
-        if not self.done_now():
+        if self._state == _PENDING:
             self._port.wait(self, timeout)
-        return super().result(0)
+        if self._exception is not None:
+            try:
+                raise self._exception
+            finally:
+                self = None  # type: ignore[assignment]  # noqa: PLW0642  its traceback would hold it for ever
+        self._check_outcome()
+        return self._result  # type: ignore[no-any-return]
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """What the task raised, or None. Raises as `result` does when it has not ended or was cancelled."""
-        if not self.done_now():
+        if self._state == _PENDING:
             self._port.wait(self, timeout)
-        return super().exception(0)
+        self._check_outcome()
+        return self._exception
+
+    def _check_outcome(self) -> None:
+        if self._state == _CANCELLED:
+            raise concurrent.futures.CancelledError
+        if self._state == _PENDING:
+            raise concurrent.futures.TimeoutError
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call ``fn(self)`` when the task has ended."""
-        super().add_done_callback(fn)
-        if not self.done_now():
+        self.__dict__.setdefault("_callbacks", deque()).append(fn)
+        # Behind that: whoever settles it looks at the callbacks when the state has changed.
+        if self._state == _PENDING:
             self._port.serve()
+        else:
+            self._call_back()
+
+    def _call_back(self) -> None:
+        callbacks = self._callbacks
+        while callbacks:
+            try:
+                fn = callbacks.popleft()
+            except IndexError:
+                return  # another thread was faster
+            try:
+                fn(self)
+            except Exception:
+                logging.getLogger("concurrent.futures").exception("a callback of %r failed", self)
 
     def cancel(self) -> bool:
         """Take the task back if it has not started; whether that succeeded. Asks SF-LOOP, and waits for it."""
@@ -129,38 +188,42 @@ class TaskFuture(Future[T]):
                 self._port.cancel(self, wait=False)
                 raise
         try:
-            return super().result(0)
+            return self.result(0)
         except concurrent.futures.CancelledError:
             raise asyncio.CancelledError from None
 
     # For the port
 
     def settle(self, value: Any = None, error: BaseException | None = None) -> None:
-        """Record the answer. The base class would ask `_waiters`, which means something else here."""
-        with self._condition:
-            if self.done_now():
-                return
-            self._result = value
-            self._exception = error
-            self._state = "FINISHED"
-            for waiter in self._listeners:
-                if error is None:
-                    waiter.add_result(self)
-                else:
-                    waiter.add_exception(self)
-            self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
+        """Record the answer; the first one counts."""
+        self._settle(_FINISHED, value, error)
 
     def settle_cancelled(self) -> None:
         """Record that the task was taken back."""
+        self._settle(_CANCELLED, None, None)
+
+    def _settle(self, state: str, value: Any, error: BaseException | None) -> None:
+        # One step decides who is first. Whoever comes again, since a signal handler raised, only goes on.
+        state, self._result, self._exception = self.__dict__.setdefault("_outcome", (state, value, error))
+        self._state = state
+        # Behind that: who makes a condition or adds a callback looks at the state afterwards.
+        if self._lazy_condition is not None:
+            self._tell()
+        if self._callbacks:
+            self._call_back()
+
+    def _tell(self) -> None:
         with self._condition:
-            if self.done_now():
-                return
-            self._state = "CANCELLED_AND_NOTIFIED"
-            for waiter in self._listeners:
-                waiter.add_cancelled(self)
+            if not self._has_told:
+                self._has_told = True
+                for waiter in self._listeners:
+                    if self._state == _CANCELLED:
+                        waiter.add_cancelled(self)
+                    elif self._exception is None:
+                        waiter.add_result(self)
+                    else:
+                        waiter.add_exception(self)
             self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]
 
     def wait_here(self, seconds: float) -> None:
         """Sleep until somebody records the answer or calls `nudge`."""

@@ -6,6 +6,7 @@ queued like any other; waiting for it inside SF-LOOP could never end, so it rais
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
@@ -128,7 +129,10 @@ class Inside:
         if priority == 1:
             self._due = self._gate.raise_own()
         flag = self._due if priority == 1 else 0
-        self._scheduler.submit(Call(0, self._last, priority, None, function, arguments, changes, flag, future))
+        arrived = time.perf_counter_ns()
+        call = Call(0, self._last, priority, None, function, arguments, changes, flag, arrived)
+        call.future = future
+        self._scheduler.submit(call)
         self._stepper.stop_soon()
         return future
 
@@ -171,14 +175,10 @@ class _LocalFuture(TaskFuture[Any]):
     """The future of a task that a task submitted."""
 
     @property
-    def _waiters(self) -> list[Any]:
+    def _waiters(self) -> list[Any]:  # type: ignore[override]
         if not self.done_now():
             self._port.wait(self, None)  # concurrent.futures.wait() in a task: raise at once
         return self._listeners
-
-    @_waiters.setter
-    def _waiters(self, value: list[Any]) -> None:
-        self._listeners = value
 
     def __await__(self) -> Any:
         port = self._port

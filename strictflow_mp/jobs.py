@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 from .errors import StrictFlowError
@@ -10,8 +9,8 @@ from .future import TaskFuture
 from .references import function_of
 from .scheduler import Job
 from .sessions import Session
-from .transaction import Changes
-from .values import pack
+from .transaction import Changes, path_of
+from .values import pack, unpack_key
 
 __all__ = ["Broken", "Call", "Function", "pack_result"]
 
@@ -26,6 +25,8 @@ class Function:
         self.name = name
         self.priority = priority
         self.key = key
+        self.plain_key = None if key is None else unpack_key(key)
+        self.path = path_of(self.plain_key)
         self.timeout = timeout
 
     def __repr__(self) -> str:
@@ -49,18 +50,14 @@ class Broken:
 class Call(Job):
     """A call of a function, or a ready-made P1 (then `function` is None)."""
 
-    __slots__ = (
-        "answer",
-        "arguments",
-        "arrived",
-        "changes",
-        "failure",
-        "flag",
-        "function",
-        "future",
-        "outcome",
-        "session",
-    )
+    # Set in the few that need them: a call is made for each task.
+    payload = _NONE
+    """What it returned, packed."""
+    answer = b""
+    """The frame that answers it, if it is no run's."""
+    outcome: Any = None
+    failure: BaseException | None = None
+    future: TaskFuture[Any] | None = None
 
     def __init__(
         self,
@@ -70,21 +67,19 @@ class Call(Job):
         session: Session | None,
         function: Function | None,
         arguments: bytes,
-        changes: Changes,
+        changes: Changes | None,
         flag: int,
-        future: TaskFuture[Any] | None = None,
+        arrived: int,
     ) -> None:
-        Job.__init__(self, owner, number, priority)
+        self.owner = owner
+        self.number = number
+        self.priority = priority
         self.session = session
         self.function = function
         self.arguments = arguments
         self.changes = changes
         self.flag = flag
-        self.future = future
-        self.arrived = time.perf_counter_ns()
-        self.answer = b""
-        self.outcome: Any = None
-        self.failure: BaseException | None = None
+        self.arrived = arrived  # time.perf_counter_ns()
 
     @property
     def has_failed(self) -> bool:

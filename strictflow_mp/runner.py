@@ -17,6 +17,7 @@ from types import CoroutineType
 from typing import Any
 
 from . import wire
+from .answers import Answers
 from .core import logger, priority
 from .errors import IntegrityError, StateFull, StrictFlowError, TaskFailed, TaskTimeout
 from .failures import pack_failure
@@ -24,14 +25,14 @@ from .gate import GateKeeper
 from .inside import Inside
 from .jobs import Call, Function, pack_result
 from .scheduler import Scheduler, State
-from .sessions import Session, Sessions
+from .sessions import Sessions
 from .stats import Counters
 from .stepper import Stepper, run_alone, within_time
-from .store import Receipt, StoreReader, StoreWriter
+from .store import StoreReader, StoreWriter
 from .suspect import Marker
 from .timelimit import TimeLimit
-from .transaction import Burst, Transaction
-from .values import unpack, unpack_key
+from .transaction import Burst, Changes, Transaction
+from .values import pack, unpack, unpack_key
 
 __all__ = ["Runner"]
 
@@ -67,6 +68,7 @@ class Runner:
         self._inside = inside
         self._task_timeout = task_timeout
         self._time_limit = TimeLimit()
+        self._answers = Answers(writer.receipts, sessions)
         self._async_tasks: dict[tuple[int, int], asyncio.Task[Any]] = {}
         self.counters = {1: Counters(), 2: Counters()}
 
@@ -74,129 +76,110 @@ class Runner:
 
     def run_burst(self) -> None:
         """Run the queued P1 tasks, as many as belong to a burst."""
-        gate, scheduler = self._gate, self._scheduler
+        gate, scheduler, answers = self._gate, self._scheduler, self._answers
         gate.raise_own()
-        burst = Burst(self._writer, self._reader)
+        burst = Burst(self._writer, self._reader, answers)
+        transaction = Transaction(burst)
+        token = priority.set(1)
         jobs: list[Call] = []
         numbers: dict[int, int] = {}
         tight = not self._writer.is_roomy()
-        committed = 0  # jobs ahead of this one are in a commit already
-        began = time.perf_counter()
-        while job := scheduler.next_write(len(jobs), time.perf_counter() - began):
+        clock = time.perf_counter
+        began = clock()
+        while job := scheduler.next_write(len(jobs), clock() - began):
             assert isinstance(job, Call)
             jobs.append(job)
             if not job.is_void:
                 numbers[job.owner] = job.flag
             if job.state is not State.CANCELLED:
-                commits = burst.commits
-                self._run_write(job, burst)
-                if burst.commits != commits:
-                    committed = len(jobs)
+                self._run_write(job, burst, transaction)
             if tight:
                 break  # alone, so that it can only be itself that finds no room
         audit("strictflow_mp.burst.ran")
         try:
             burst.publish()
         except StateFull as full:
-            for job in jobs[committed:]:
-                if not job.has_failed and job.state is not State.CANCELLED:
+            for job in answers.unsealed:
+                if job.failure is None:
                     self.fail(job, full)
-                    self._note(job)
+        priority.reset(token)
         gate.finish(numbers, self._inside.first_due())
         self._answer_writes(jobs)
 
     def _answer_writes(self, jobs: list[Call]) -> None:
         now = time.perf_counter_ns()
-        counters = self.counters[1]
-        answers: dict[Session, list[bytes]] = {}
+        ran = self.counters[1].ran
         for job in jobs:
             session = job.session
             if session is not None:
                 session.queued -= 1
-            if job.state is State.CANCELLED:
-                continue
-            counters.ran(now - job.arrived, failed=job.has_failed)
-            if session is not None:
-                answers.setdefault(session, []).append(job.answer)
-            elif job.future is not None:
-                job.future.settle(job.outcome, job.failure)
-        for session, frames in answers.items():
-            self._sessions.send(session, b"".join(frames))
+                if not session.is_open:
+                    self._sessions.has_leavers = True
+            if job.state is not State.CANCELLED:
+                ran(now - job.arrived, job.failure is not None)
+                if job.future is not None:
+                    job.future.settle(job.outcome, job.failure)
+        for _ in self._answers.send():
             audit("strictflow_mp.answer.sent")
-            if not session.is_open:
-                self._sessions.has_leavers = True
 
-    def _run_write(self, job: Call, burst: Burst) -> None:
-        token = priority.set(1)
-        transaction = self._inside.transaction = Transaction(burst)
+    def _run_write(self, job: Call, burst: Burst, transaction: Transaction) -> None:
+        function = job.function
         try:
-            if job.function is not None:
-                try:
-                    self._marker.mark(job.owner, job.number)
-                    audit("strictflow_mp.task.marked")
-                    result = self._invoke(job, job.function, transaction)
-                    changes = transaction.changes()
-                    payload = pack_result(result, job)
-                finally:
-                    self._marker.clear()
-                job.outcome = result
-            else:
+            if function is None:
+                assert job.changes is not None
                 changes = job.changes
                 for key, value in changes.items():
                     if value is None and burst.lookup(key) is None:
                         raise KeyError(unpack_key(key))
-                payload = pack_result(None, job)
-            job.answer = wire.pack_frame(wire.RESULT, job.number, payload)
-            burst.apply(changes, self._receipt(job))
+            else:
+                transaction.begin()
+                self._inside.transaction = transaction
+                try:
+                    self._marker.mark(job.owner, job.number)
+                    audit("strictflow_mp.task.marked")
+                    changes = self._run_function(job, function, transaction)
+                finally:
+                    self._marker.clear()
+                    self._inside.transaction = None
+            burst.apply(changes, job)
         except BaseException as error:
             self.fail(job, error)
-            self._note(job)
-        finally:
-            self._inside.transaction = None
-            priority.reset(token)
+            # If only later tasks of its process had receipts, the next coordinator would run this one again.
+            self._answers.add(job)
 
-    @staticmethod
-    def _receipt(job: Call) -> Receipt | None:
-        # A process that is dead will not ask; nor does a task that a task submitted.
-        if job.session is None or job.session.is_dead or job.session.said_goodbye:
-            return None
-        return Receipt(job.session.tenant, job.flag, job.number, job.answer)
-
-    def _note(self, job: Call) -> None:
-        """A P1 failed. If only later ones of its process had receipts, the next coordinator would run it again."""
-        receipt = self._receipt(job)
-        if receipt is not None:
-            self._writer.receipts.add(receipt)
-
-    def _invoke(self, job: Call, function: Function, transaction: Transaction) -> Any:
+    def _run_function(self, job: Call, function: Function, transaction: Transaction) -> Changes:
+        """Run a P1's function; return what it has changed."""
         args, kwargs = unpack(job.arguments) if job.arguments else _NO_ARGUMENTS
         debug = logger.isEnabledFor(logging.DEBUG)
         if debug:
             logger.debug("%s starts", function.name)
-        if function.key is None:
+        key = function.key
+        if key is None:
             result = self._within(function, args, kwargs)
+            changes = transaction.changes()
+            job.payload = pack_result(result, job)
         else:
-            key = unpack_key(function.key)
-            result = self._within(function, (transaction.get(key), *args), kwargs)
+            result = self._within(function, (transaction.take_out(key), *args), kwargs)
             if result is None:
                 raise IntegrityError(
-                    f"{function.name}() returned None for key {key!r}: nothing was committed; return the new value",
+                    f"{function.name}() returned None for key {function.plain_key!r}: nothing was committed; return "
+                    "the new value",
                     flow=self.name,
-                    key=key,
+                    key=function.plain_key,
                 )
-            transaction[key] = result
+            job.payload = pack(result, function.path)
+            changes = transaction.put_back(key, job.payload)
         if debug:
             logger.debug("%s ends", function.name)
-        return result
+        if job.future is not None:
+            job.outcome = result
+        return changes
 
     def _within(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Call within the task's time. A coroutine is run to its end, alone."""
-
-        def call() -> Any:
-            result = function.function(*args, **kwargs)
-            return run_alone(result) if isinstance(result, CoroutineType) else result
-
-        return self._in_time(function, call)
+        if self._timeout(function) is None:
+            return _call(function, args, kwargs)
+        return self._in_time(function, lambda: _call(function, args, kwargs))
 
     def _timeout(self, function: Function) -> float | None:
         return function.timeout if function.timeout is not None else self._task_timeout
@@ -230,7 +213,7 @@ class Runner:
         try:
             args, kwargs = unpack(job.arguments) if job.arguments else _NO_ARGUMENTS
             if function.key is not None:
-                args = [self._inside.committed.get(unpack_key(function.key)), *args]
+                args = [self._inside.committed.get(function.plain_key), *args]
             logger.debug("%s starts", function.name)
             self._marker.mark(job.owner, job.number)
             try:
@@ -291,7 +274,7 @@ class Runner:
             task.cancel()
 
     def _finish_read(self, job: Call) -> None:
-        self.counters[2].ran(time.perf_counter_ns() - job.arrived, failed=job.has_failed)
+        self.counters[2].ran(time.perf_counter_ns() - job.arrived, job.has_failed)
         if job.session is not None:
             job.session.queued -= 1
         self.send(job)
@@ -300,7 +283,7 @@ class Runner:
 
     def succeed(self, job: Call, result: Any) -> None:
         """A task has returned: prepare its answer."""
-        job.answer = wire.pack_frame(wire.RESULT, job.number, pack_result(result, job))
+        job.answer = wire.pack_frame(wire.RESULT, job.number, (pack_result(result, job),))
         job.outcome = result
 
     def fail(self, job: Call, error: BaseException) -> None:
@@ -328,3 +311,8 @@ class Runner:
 
     def __repr__(self) -> str:
         return f"<Runner of flow {self.name!r}>"
+
+
+def _call(function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    result = function.function(*args, **kwargs)
+    return run_alone(result) if isinstance(result, CoroutineType) else result

@@ -43,14 +43,14 @@ class State(enum.Enum):
 class Job:
     """A task as the policy sees it: whose it is, its number there, its priority."""
 
-    __slots__ = ("is_void", "number", "owner", "priority", "state")
+    state = State.QUEUED
+    is_void = False
+    """It comes once more: it is not even counted."""
 
     def __init__(self, owner: int, number: int, priority: int) -> None:
         self.owner = owner
         self.number = number
         self.priority = priority
-        self.state = State.QUEUED
-        self.is_void = False  # it comes once more: it is not even counted
 
     def __repr__(self) -> str:
         return f"<P{self.priority} #{self.number} of {self.owner}, {self.state.value}>"

@@ -28,7 +28,7 @@ from .errors import ProtocolError
 from .gate import GateKeeper, Tenancy
 from .processes import Identity, open_pidfd
 from .segment import Segment
-from .store import Receipts, clear_pins, has_pins
+from .store import Receipt, Receipts, clear_pins, has_pins
 from .wire import Frame, Stream
 
 __all__ = ["Session", "Sessions"]
@@ -262,7 +262,7 @@ class Sessions:
                 newcomer.close()
                 continue
             session = self._session(Stream(newcomer), self._gate.tenancy(answer["slot"]))
-            session.answered = self._receipts.of(session.tenant) or None
+            session.answered = _answers_of(self._receipts.of(session.tenant)) or None
             self._enter(session)
             self._watch(session, select.EPOLLIN, new=True)
             logger.debug("pid %d attached in slot %d", session.identity.pid, session.slot)
@@ -470,6 +470,19 @@ class Sessions:
 
     def __repr__(self) -> str:
         return f"<Sessions {list(self._by_slot.values())}>"
+
+
+def _answers_of(receipts: list[Receipt]) -> dict[int, bytes]:
+    """The answer to each task, by seq; empty for one that is lost."""
+    answers: dict[int, bytes] = {}
+    for receipt in receipts:
+        frame = wire.unpack_frame(receipt.answer) if receipt.answer else ()
+        if frame and frame[0] == wire.RESULT:
+            for seq, payload in enumerate(frame[2], receipt.seq):
+                answers[seq] = wire.pack_frame(wire.RESULT, seq, (payload,))
+        else:
+            answers |= dict.fromkeys(range(receipt.seq, receipt.seq + receipt.tasks), receipt.answer)
+    return answers
 
 
 def _claimed(greeting: dict[str, Any]) -> Identity:

@@ -165,19 +165,20 @@ class SFLoop:
         if type(kind) is not int:
             raise ProtocolError("a frame's kind must be a number")
         if kind == wire.CALL:
-            wire.check_fields(frame, int, int, bytes, int, int)
-            _, number, function_id, arguments, flag, ack = frame
+            wire.check_fields(frame, int, int, tuple, int, int)
+            _, number, function_id, batch, flag, ack = frame
             function = session.functions.get(function_id)
             if function is None:
                 raise ProtocolError(f"a call names function {function_id}, which was not sent")
             self._receipts.acknowledge(session.tenant, ack)
-            self._queue(session, Call(session.slot, number, function.priority, session, function, arguments, {}, flag))
+            self._queue_calls(session, function, number, batch, flag)
         elif kind == wire.PUT:
             wire.check_fields(frame, int, tuple, int, int)
             _check_changes(frame[2])
             changes: Changes = dict(frame[2])
             self._receipts.acknowledge(session.tenant, frame[4])
-            self._queue(session, Call(session.slot, frame[1], 1, session, None, b"", changes, frame[3]))
+            arrived = time.perf_counter_ns()
+            self._queue(session, [Call(session.slot, frame[1], 1, session, None, b"", changes, frame[3], arrived)])
         elif kind == wire.FUNCTION:
             wire.check_fields(frame, int, bool, bytes, str, int, (bytes, type(None)), (float, int, type(None)))
             self._learn(session, *frame[1:])
@@ -188,19 +189,19 @@ class SFLoop:
                 session.queued -= 1
             if job is None:
                 self.runner.cancel_async(session.slot, frame[2])
-            self.sessions.send(session, wire.pack_frame(wire.RESULT, frame[1], pack(job is not None)))
+            self._reply(session, frame[1], job is not None)
             if job is not None:
                 self.sessions.send(session, wire.pack_frame(wire.CANCELLED, frame[2]))
         elif kind == wire.STATS:
             wire.check_fields(frame, int)
-            self.sessions.send(session, wire.pack_frame(wire.RESULT, frame[1], pack(self.inside.stats())))
+            self._reply(session, frame[1], self.inside.stats())
         elif kind == wire.STOP:
             wire.check_fields(frame, int, bool)
             self._stop_asked.append((session, frame[1]))
             self.stop(drain=frame[2])
         elif kind == wire.COUNT:
             wire.check_fields(frame, int)
-            self._queue(session, Call(session.slot, 0, 1, session, None, b"", {}, frame[1]))
+            self._queue(session, [Call(session.slot, 0, 1, session, None, b"", {}, frame[1], 0)])
         elif kind == wire.ACK:
             wire.check_fields(frame, int)
             self._receipts.acknowledge(session.tenant, frame[1])
@@ -209,6 +210,10 @@ class SFLoop:
             self.sessions.close(session)
         else:
             raise ProtocolError(f"frames of kind {kind} are not known")
+
+    def _reply(self, session: Session, number: int, value: Any) -> None:
+        """Answer a question."""
+        self.sessions.send(session, wire.pack_frame(wire.RESULT, number, (pack(value),)))
 
     def _learn(
         self,
@@ -241,18 +246,49 @@ class SFLoop:
             self._marker.clear()
         session.functions[function_id] = Function(target, name, level, key, timeout)
 
-    def _queue(self, session: Session, call: Call) -> None:
-        if call.flag < 0 or (call.number and (call.flag == 0) != (call.priority == 2)):
-            raise ProtocolError(f"a P{call.priority} task cannot have number {call.flag}")
-        if call.flag > self.gate.last_finished(call.owner) + LEAP:
-            raise ProtocolError(f"number {call.flag} leaps ahead of all that went before")
-        if session.queued > self._max_pending:
+    def _queue_calls(
+        self, session: Session, function: Function, number: int, batch: tuple[Any, ...], flag: int
+    ) -> None:
+        for arguments in batch:
+            if type(arguments) is not bytes:
+                raise ProtocolError("the arguments of a call are not packed")
+        arrived = time.perf_counter_ns()
+        slot, priority = session.slot, function.priority
+        step = 1 if priority == 1 else 0  # a P2 has no number
+        self._queue(
+            session,
+            [
+                Call(slot, number + index, priority, session, function, arguments, None, flag + index * step, arrived)
+                for index, arguments in enumerate(batch)
+            ],
+        )
+
+    def _queue(self, session: Session, calls: list[Call]) -> None:
+        """Queue calls that came in one frame."""
+        if not calls:
+            return
+        first, last = calls[0], calls[-1]
+        if first.flag < 0 or (first.number and (first.flag == 0) != (first.priority == 2)):
+            raise ProtocolError(f"a P{first.priority} task cannot have number {first.flag}")
+        if last.flag > self.gate.last_finished(first.owner) + LEAP:
+            raise ProtocolError(f"number {last.flag} leaps ahead of all that went before")
+        if session.queued + len(calls) > self._max_pending + 1:
             raise ProtocolError(f"more than {self._max_pending} of its tasks are queued")
-        session.queued += 1
-        self.scheduler.submit(call)
+        session.queued += len(calls)
+        submit = self.scheduler.submit
+        if first.number and session.answered is None and not self._is_refusing:
+            for call in calls:
+                submit(call)
+        else:
+            for call in calls:
+                submit(call)
+                self._settle_at_once(session, call)
+
+    def _settle_at_once(self, session: Session, call: Call) -> None:
+        """Some calls are only counted, in their turn."""
         answer = None if session.answered is None else session.answered.get(call.number)
         if not call.number:
-            self.scheduler.cancel(call.owner, call.number)  # it is only counted
+            self.scheduler.cancel(call.owner, call.number)
         elif answer is not None:
             self._answer_again(session, call, answer)
         elif self._is_refusing:
@@ -306,7 +342,7 @@ class SFLoop:
     def answer_stops(self) -> None:
         """Tell those who asked for the stop that it is done."""
         for session, number in self._stop_asked:
-            self.sessions.send(session, wire.pack_frame(wire.RESULT, number, pack(None)))
+            self._reply(session, number, None)
 
     def close(self) -> None:
         """Give up the asyncio loop."""

@@ -85,7 +85,7 @@ class Counters:
         self.failed = 0
         self._latencies: deque[int] = deque(maxlen=SAMPLES)
 
-    def ran(self, nanoseconds: int, *, failed: bool) -> None:
+    def ran(self, nanoseconds: int, failed: bool) -> None:
         """A task was answered."""
         self.run += 1
         self.failed += failed

@@ -58,12 +58,12 @@ def take_over(segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str
     audit("strictflow_mp.takeover.convicted")
     slots = {tenancy.tenant: tenancy.slot for tenancy in tenancies}
     numbers: dict[int, int] = {}
-    for tenant, number, _, _ in read_receipts(segment):
-        slot = slots.get(tenant)
+    for receipt in read_receipts(segment):
+        slot = slots.get(receipt.tenant)
         if slot is None:
-            writer.receipts.forget(tenant)
-        else:
-            numbers[slot] = max(number, numbers.get(slot, 0))
+            writer.receipts.forget(receipt.tenant)
+        elif receipt.number:
+            numbers[slot] = max(receipt.number + receipt.tasks - 1, numbers.get(slot, 0))
     gate.finish(numbers)
     words[W_STATUS] = SERVING
     audit("strictflow_mp.takeover.counted")
@@ -101,7 +101,7 @@ def _convict(suspect: Suspect, writer: StoreWriter, gate: GateKeeper, flow: str)
         error = _verdict(suspect, flow)
         text, blob = pack_failure(error)
         seq, answer = suspect.seq, wire.pack_frame(wire.FAILURE, suspect.seq, text, blob)
-    writer.receipts.add(Receipt(tenancy.tenant, 0, seq, answer))
+    writer.receipts.add(Receipt(tenancy.tenant, 0, seq, 1, answer))
 
 
 def _verdict(suspect: Suspect, flow: str) -> Exception:

@@ -7,12 +7,13 @@ Invariants: a task's changes enter the burst whole or not at all; what a task ta
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
-from .store import BURST_BYTES, Receipt, StoreReader, StoreWriter, Version
+from .errors import StateFull
+from .store import BURST_BYTES, StoreReader, StoreWriter, Version
 from .values import pack, pack_key, unpack, unpack_key
 
-__all__ = ["Burst", "Transaction"]
+__all__ = ["Burst", "Changes", "Ledger", "Transaction", "path_of"]
 
 _GONE: Any = type("_Gone", (), {"__repr__": lambda self: "<deleted>"})()
 _PLAIN = frozenset({int, str, float, bool, bytes, type(None)})
@@ -25,13 +26,26 @@ Changes = dict[bytes, bytes | None]
 """Packed key -> packed value, or None to delete."""
 
 
+class Ledger(Protocol):
+    """Where it is written down whose tasks a commit holds (`answers`)."""
+
+    def add(self, call: Any) -> None:
+        """A task has run."""
+
+    def seal(self) -> None:
+        """The next commit holds all that were added."""
+
+    def revoke(self) -> None:
+        """It does not: there was no room."""
+
+
 class Burst:
     """The changes of the P1 tasks that are published together."""
 
-    def __init__(self, writer: StoreWriter, reader: StoreReader) -> None:
+    def __init__(self, writer: StoreWriter, reader: StoreReader, ledger: Ledger) -> None:
         self._writer = writer
         self._reader = reader
-        self.commits = 0
+        self._ledger = ledger
         self._begin()
 
     def _begin(self) -> None:
@@ -47,7 +61,7 @@ class Burst:
 
     def _committed(self, key: bytes) -> bytes | None:
         cell = self._reader.find(self._version, self._reader.route(key))
-        return None if cell is None else bytes(cell.payload)
+        return None if cell is None else cell.payload.tobytes()
 
     def __iter__(self) -> Iterator[bytes]:
         """Every packed key, as of now."""
@@ -59,33 +73,29 @@ class Burst:
             if payload is not None:
                 yield key
 
-    def apply(self, changes: Changes, receipt: Receipt | None = None) -> None:
-        """Take over a task's changes, and its receipt: they are committed together.
+    def apply(self, changes: Changes, call: Any) -> None:
+        """Take over a task's changes, and that it has run: they are committed together.
 
         Raises:
             StateFull: there is no room; none was taken over.
         """
         if not changes:
-            self._note(receipt)
+            self._ledger.add(call)
             return
         weight = sum([len(key) + len(payload or b"") + CELL_OVERHEAD for key, payload in changes.items()])
         if self._weight + weight > BURST_BYTES:
             # Too heavy to be sure of its room: what is there is committed first, so that it can only harm itself.
             self.publish()
-            self._note(receipt)
+            self._ledger.add(call)
             self._changes = dict(changes)
             try:
                 self.publish()
             finally:
                 self._begin()
             return
-        self._note(receipt)
+        self._ledger.add(call)
         self._weight += weight
         self._changes.update(changes)
-
-    def _note(self, receipt: Receipt | None) -> None:
-        if receipt is not None:
-            self._writer.receipts.add(receipt)
 
     def publish(self) -> None:
         """Commit what was applied, if it amounts to anything.
@@ -102,8 +112,12 @@ class Burst:
                 if payload is not None or self._committed(key) is not None
             }
         if changes:
-            self._writer.publish(changes)
-            self.commits += 1
+            self._ledger.seal()
+            try:
+                self._writer.publish(changes)
+            except StateFull:
+                self._ledger.revoke()
+                raise
             self._begin()
 
     def __repr__(self) -> str:
@@ -128,6 +142,28 @@ class Transaction(MutableMapping[Any, Any]):
         self._burst = burst
         self._entries: dict[bytes, _Entry] = {}
 
+    def begin(self) -> None:
+        """Another task of the burst begins."""
+        if self._entries:
+            self._entries = {}
+
+    def take_out(self, packed_key: bytes) -> Any:
+        """A keyed task's first argument: the private copy of its key's value, None when absent."""
+        value = self._load(packed_key).value
+        return None if value is _GONE else value
+
+    def put_back(self, packed_key: bytes, packed: bytes) -> Changes:
+        """What a keyed task has changed, by its return value and besides.
+
+        Raises:
+            SerializationError: a value that it changed in place besides can no longer be stored.
+        """
+        entry = self._entries.pop(packed_key)
+        changes = self.changes() if self._entries else {}
+        if packed != entry.before:
+            changes[packed_key] = packed
+        return changes
+
     def __getitem__(self, key: Any) -> Any:
         value = self._load(pack_key(key)).value
         if value is _GONE:
@@ -144,7 +180,7 @@ class Transaction(MutableMapping[Any, Any]):
 
     def __setitem__(self, key: Any, value: Any) -> None:
         packed_key = pack_key(key)
-        packed = pack(value, _path(key))
+        packed = pack(value, path_of(key))
         entry = self._entries.get(packed_key)
         if entry is None:
             self._entries[packed_key] = _Entry(value, self._burst.lookup(packed_key), packed)
@@ -185,7 +221,7 @@ class Transaction(MutableMapping[Any, Any]):
                 if entry.before is not None:
                     found[key] = None
                 continue
-            packed = entry.packed if type(value) in _PLAIN else pack(value, _path(unpack_key(key)))
+            packed = entry.packed if type(value) in _PLAIN else pack(value, path_of(unpack_key(key)))
             if packed != entry.before:
                 found[key] = packed
         return found
@@ -194,5 +230,6 @@ class Transaction(MutableMapping[Any, Any]):
         return f"<Transaction, {len(self._entries)} keys taken>"
 
 
-def _path(key: Any) -> str:
+def path_of(key: Any) -> str:
+    """What the value of a key is called in an error."""
     return key if isinstance(key, str) else f"state[{key!r}]"

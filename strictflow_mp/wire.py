@@ -5,7 +5,8 @@ A connection carries a stream of msgpack arrays in both directions. msgpack need
 Client to coordinator::
 
     [FUNCTION, id, by_value, code, name, priority, key, timeout]   once for each function and connection
-    [CALL, seq, id, arguments, flag, ack]   arguments: packed [args, kwargs], or b"" for none
+    [CALL, seq, id, [arguments, ...], flag, ack]
+                                       calls seq, seq + 1, ...; arguments: packed [args, kwargs], b"" for none
     [PUT, seq, [[key, payload or nil]], flag, ack]  P1; nil deletes
     [COUNT, flag]                      count up to that number, in its turn: nobody sends those P1 tasks again
     [ACK, ack]                         the answers of P1 tasks up to that seq have arrived
@@ -14,13 +15,13 @@ Client to coordinator::
     [STOP, seq, drain]
     [GOODBYE]                          the client will not touch its slot again
 
-`flag` is a P1's number in its slot (`gate`), 0 for a P2. After the coordinator's death a process sends its functions,
-and every frame that has no answer yet, once more to the next one.
+`flag` is the number in its slot (`gate`) of a P1, or of the first of several; 0 for a P2. After the coordinator's
+death a process sends its functions, and every frame that has no answer yet, once more to the next one.
 
 Coordinator to client::
 
-    [RESULT, seq, payload]
-    [FAILURE, seq, kind, text, pickled]  see `failures`
+    [RESULT, seq, [payload, ...]]        of seq, seq + 1, ...
+    [FAILURE, seq, text, pickled]        see `failures`
     [CANCELLED, seq]
     [REFUSED, kind, text]              in place of a welcome
 
@@ -41,7 +42,7 @@ from .errors import FAULTS, ProtocolError
 
 __all__ = ["MAX_FRAME", "PROTOCOL", "Frame", "Stream", "check_fields", "pack_frame", "unpack_frame"]
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of everything in this module."""
 
 MAX_FRAME = 1 << 30

@@ -596,7 +596,7 @@ def call_what_is_imported_late(greeting):
         connection.settimeout(PATIENCE)
         connection.sendall(
             wire.pack_frame(wire.FUNCTION, 0, False, b"imported_late:answer", "answer", 2, None, None)
-            + wire.pack_frame(wire.CALL, 1, 0, b"", 0, 0)
+            + wire.pack_frame(wire.CALL, 1, 0, (b"",), 0, 0)
         )
         assert pack(42) in connection.recv(1 << 16)
 

@@ -529,19 +529,21 @@ def test_a_pinned_version_is_whole_after_a_takeover_from_a_writer_that_died_over
 
 def test_receipts_survive_a_takeover_and_leave_when_they_are_acknowledged(segment, writer):
     for seq in range(1, 101):
-        writer.receipts.add(Receipt(1 + seq % 2, seq, seq, b"answer %d" % seq))
+        writer.receipts.add(Receipt(1 + seq % 2, seq, seq, 1, b"answer %d" % seq))
         if seq % 10 == 0:
             advance(writer)
     heir = StoreWriter(segment, "pins")
     heir.recover()
-    assert heir.receipts.of(1) == {seq: b"answer %d" % seq for seq in range(2, 101, 2)}
+    assert {receipt.seq: receipt.answer for receipt in heir.receipts.of(1)} == {
+        seq: b"answer %d" % seq for seq in range(2, 101, 2)
+    }
     heir.receipts.acknowledge(1, 90)
     heir.receipts.forget(2)
     advance(heir)
     assert [receipt.seq for receipt in read_receipts(segment)] == [92, 94, 96, 98, 100]
     used = heir.arena.used
     for _ in range(50):
-        heir.receipts.add(Receipt(3, 1, 1, b"x" * 100_000))
+        heir.receipts.add(Receipt(3, 1, 1, 1, b"x" * 100_000))
         advance(heir)
         heir.receipts.acknowledge(3, 1)
     heir.receipts.forget(1)
@@ -551,7 +553,7 @@ def test_receipts_survive_a_takeover_and_leave_when_they_are_acknowledged(segmen
 
 
 def test_an_answer_that_finds_no_room_leaves_its_receipt(segment, writer):
-    writer.receipts.add(Receipt(1, 1, 1, bytes(2 * CAPACITY)))
-    writer.receipts.add(Receipt(1, 2, 2, b"short"))
+    writer.receipts.add(Receipt(1, 1, 1, 1, bytes(2 * CAPACITY)))
+    writer.receipts.add(Receipt(1, 2, 2, 1, b"short"))
     advance(writer)
     assert [(receipt.seq, receipt.answer) for receipt in read_receipts(segment)] == [(1, b""), (2, b"short")]

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 
-from strictflow_mp import CoordinatorLost, FlowNotRunning, StrictFlow, TaskCrashed, read, write
+from strictflow_mp import CoordinatorLost, FlowNotRunning, StrictFlow, TaskCrashed, read, takeover, write
 from strictflow_mp import owner as owners
-from strictflow_mp import takeover
 from strictflow_mp.rendezvous import Place
 
 RESOLVED = 20.0

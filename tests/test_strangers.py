@@ -26,6 +26,7 @@ def flow():
 
 GREETING = {"protocol": wire.PROTOCOL, "pid": os.getpid(), "python": sys.version_info[:2], "path": []}
 
+LEARN = msgpack.packb([wire.FUNCTION, 0, False, b"os:getpid", "getpid", 2, None, None])
 FRAMES = {
     "no msgpack": b"\xc1",
     "no array": b"\x01",
@@ -34,21 +35,22 @@ FRAMES = {
     "a kind that is no number": msgpack.packb([{"a": 1}, 1]),
     "too few fields": msgpack.packb([wire.CALL, 1]),
     "too many fields": msgpack.packb([wire.STATS, 1, 2]),
-    "fields of the wrong type": msgpack.packb([wire.CALL, "1", 1, b""]),
+    "fields of the wrong type": msgpack.packb([wire.CALL, "1", 1, [b""], 0, 0]),
     "a number that is none": msgpack.packb([wire.STATS, True]),
-    "a call of an unknown function": msgpack.packb([wire.CALL, 1, 77, b""]),
+    "arguments that are not packed": LEARN + msgpack.packb([wire.CALL, 1, 0, [[1]], 0, 0]),
+    "a call of an unknown function": msgpack.packb([wire.CALL, 1, 77, [b""], 0, 0]),
     "an unknown priority": msgpack.packb([wire.FUNCTION, 0, False, b"os:getpid", "getpid", 9, None, None]),
-    "changes that are no pairs": msgpack.packb([wire.PUT, 1, [1, 2]]),
-    "a change to no bytes": msgpack.packb([wire.PUT, 1, [[b"key", 5]]]),
-    "a key of no bytes": msgpack.packb([wire.PUT, 1, [[5, b"\x01"]]]),
+    "changes that are no pairs": msgpack.packb([wire.PUT, 1, [1, 2], 1, 0]),
+    "a change to no bytes": msgpack.packb([wire.PUT, 1, [[b"key", 5]], 1, 0]),
+    "a key of no bytes": msgpack.packb([wire.PUT, 1, [[5, b"\x01"]], 1, 0]),
     "an oversized array": b"\xdd\xff\xff\xff\xff",
     "an oversized map": b"\x92\x05\xdf\xff\xff\xff\xff",
     "too deep": b"\x91" * 100_000,
     "a wrong string": b"\x92\x05\xa2\xff\xfe",
-    "a put of a key that is no msgpack": msgpack.packb([wire.PUT, 1, [[b"\xc1", b"\x01"]]]),
-    "a put of a value that is no msgpack": msgpack.packb([wire.PUT, 1, [[b"\xa1k", b"\xc1"]]]),
-    "a put of two values in one": msgpack.packb([wire.PUT, 1, [[b"\xa1k", b"\x01\x01"]]]),
-    "a put of half a value": msgpack.packb([wire.PUT, 1, [[b"\xa1k", b"\x91"]]]),
+    "a put of a key that is no msgpack": msgpack.packb([wire.PUT, 1, [[b"\xc1", b"\x01"]], 1, 0]),
+    "a put of a value that is no msgpack": msgpack.packb([wire.PUT, 1, [[b"\xa1k", b"\xc1"]], 1, 0]),
+    "a put of two values in one": msgpack.packb([wire.PUT, 1, [[b"\xa1k", b"\x01\x01"]], 1, 0]),
+    "a put of half a value": msgpack.packb([wire.PUT, 1, [[b"\xa1k", b"\x91"]], 1, 0]),
 }
 
 
@@ -111,7 +113,7 @@ def test_a_frame_that_goes_on_beyond_the_limit_closes_its_own_connection_only(fl
 def test_half_a_frame_and_silence_hold_nobody_up(flow):
     connection, _ = knock()
     with connection:
-        connection.sendall(msgpack.packb([wire.PUT, 1, [[b"k", bytes(1000)]]])[:100])
+        connection.sendall(msgpack.packb([wire.PUT, 1, [[b"k", bytes(1000)]], 1, 0])[:100])
         assert flow.put("a", 1).result() is None
         assert flow.state["a"] == 1
     assert flow.state["a"] == 1

@@ -13,8 +13,10 @@ A receipt names its process by *tenant*, a number drawn at each admission to a s
 never meets the receipts of the former one. Most commits write only DELTA, into two blocks in turn; what
 accumulates there (a process that is stopped, or reads late) moves to BASE, so that it is not copied each time.
 
-Block: a word with the bytes that follow; then for each receipt the words TENANT, NUMBER (in the gate, 0 if it has
-none), SEQ, LENGTH, and the answer's frame.
+A receipt speaks of a run of tasks: consecutive ones of one process that are answered by one frame.
+
+Block: a word with the bytes that follow; then for each receipt the words TENANT, NUMBER (of the first task, in the
+gate; 0 if it has none), SEQ (of the first), TASKS, LENGTH, and the answer's frame.
 """
 
 from __future__ import annotations
@@ -37,21 +39,32 @@ MANY = 24
 LONG = 1 << 10
 """Bytes of an answer that is given up, rather than its task, when there is no room for it."""
 
-_head = struct.Struct("=4Q")
+_head = struct.Struct("=5Q")
 
 
 class Receipt(NamedTuple):
-    """One task and its answer. An empty answer: it took effect, and the answer found no room."""
+    """A run of tasks and their answer. An empty answer: they took effect, and the answer found no room."""
 
     tenant: int
     number: int
     seq: int
+    tasks: int
     answer: bytes
+
+    @property
+    def last(self) -> int:
+        """The seq of the last task."""
+        return self.seq + self.tasks - 1
 
 
 def _pack(receipt: Receipt) -> bytes:
-    tenant, number, seq, answer = receipt
-    return _head.pack(tenant, number, seq, len(answer)) + answer
+    tenant, number, seq, tasks, answer = receipt
+    return _head.pack(tenant, number, seq, tasks, len(answer)) + answer
+
+
+def _unpack(entry: bytes) -> Receipt:
+    tenant, number, seq, tasks, _ = _head.unpack_from(entry)
+    return Receipt(tenant, number, seq, tasks, entry[_head.size :])
 
 
 def read_receipts(segment: Segment) -> list[Receipt]:
@@ -76,16 +89,16 @@ def _read_block(segment: Segment, index: int) -> Iterator[Receipt]:
     if end > len(buffer):
         raise IndexError("a block of receipts ends behind the memory")
     while position < end:
-        tenant, number, seq, length = _head.unpack_from(buffer, position)
+        tenant, number, seq, tasks, length = _head.unpack_from(buffer, position)
         position += _head.size
         if position + length > end:
             raise IndexError("a receipt ends behind its block")
-        yield Receipt(tenant, number, seq, bytes(buffer[position : position + length]))
+        yield Receipt(tenant, number, seq, tasks, bytes(buffer[position : position + length]))
         position += length
 
 
 class Receipts:
-    """The receipts as the coordinator keeps them: by tenant, by seq."""
+    """The receipts as the coordinator keeps them: by tenant, by the seq of the last task of each."""
 
     def __init__(self, segment: Segment, arena: Arena) -> None:
         self._segment = segment
@@ -132,11 +145,18 @@ class Receipts:
         self._former = blocks
 
     def add(self, receipt: Receipt) -> None:
-        """A task has been answered; its receipt is in the next commit."""
+        """Tasks have been answered; their receipt is in the next commit."""
         due = self._recent.get(receipt.tenant)
         if due is None:
             due = self._recent[receipt.tenant] = {}
-        due[receipt.seq] = _pack(receipt)
+        due[receipt.last] = _pack(receipt)
+
+    def take_back(self, receipt: Receipt) -> None:
+        """The commit has failed: what was added for it is not so."""
+        due = self._recent[receipt.tenant]
+        del due[receipt.last]
+        if not due:
+            del self._recent[receipt.tenant]
 
     def acknowledge(self, tenant: int, seq: int) -> None:
         """A process has the answers of its P1 tasks up to *seq*."""
@@ -144,13 +164,8 @@ class Receipts:
             due = kept.get(tenant)
             if due is None:
                 continue
-            passed = []
-            for number in due:
-                if number > seq:
-                    break
-                passed.append(number)
-            for number in passed:
-                del due[number]
+            for last in [last for last in due if last <= seq]:
+                del due[last]
             if not due:
                 del kept[tenant]
 
@@ -159,10 +174,9 @@ class Receipts:
         self._based.pop(tenant, None)
         self._recent.pop(tenant, None)
 
-    def of(self, tenant: int) -> dict[int, bytes]:
-        """The answers that a process may ask for again, by seq."""
-        packed = {**self._based.get(tenant, {}), **self._recent.get(tenant, {})}
-        return {seq: entry[_head.size :] for seq, entry in packed.items()}
+    def of(self, tenant: int) -> list[Receipt]:
+        """What a process may ask for again."""
+        return [_unpack(entry) for kept in (self._based, self._recent) for entry in kept.get(tenant, {}).values()]
 
     # For `commit`
 
@@ -228,5 +242,5 @@ def _block_words(length: int) -> int:
 
 
 def _shortened(entry: bytes) -> bytes:
-    tenant, number, seq, length = _head.unpack_from(entry)
-    return entry if length <= LONG else _head.pack(tenant, number, seq, 0)
+    tenant, number, seq, tasks, length = _head.unpack_from(entry)
+    return entry if length <= LONG * tasks else _head.pack(tenant, number, seq, tasks, 0)

@@ -1,0 +1,95 @@
+"""Answers: what the P1 tasks of a burst are told, and the receipts that say so.
+
+Tasks that follow each other in one process are answered, and written down, together: a *run*.
+
+Order: tasks are added as they have run; `seal` writes the receipts of what was added since, ahead of the commit that
+    holds their effects; `send` comes when that can be read.
+If we die here: what was not sealed ahead of a commit has not happened; what was is answered from its receipt.
+"""
+
+from __future__ import annotations
+
+from . import wire
+from .jobs import Call
+from .sessions import Session, Sessions
+from .store import Receipt, Receipts
+
+__all__ = ["Answers"]
+
+
+class Answers:
+    """Those of one burst after the other."""
+
+    def __init__(self, receipts: Receipts, sessions: Sessions) -> None:
+        self._receipts = receipts
+        self._sessions = sessions
+        self.unsealed: list[Call] = []
+        self._sealing: list[Call] = []
+        self._written: list[Receipt] = []
+        self._frames: list[tuple[Session, bytes]] = []
+        self._sealed_frames = 0  # of `_frames`, those that were there before the last seal
+
+    def add(self, call: Call) -> None:
+        """A P1 has run, or failed."""
+        if not (self.unsealed and self.unsealed[-1] is call):  # it was added, and then found no room
+            self.unsealed.append(call)
+
+    def seal(self) -> None:
+        """Write receipts for what was added: they are in the next commit."""
+        calls = self._sealing = self.unsealed
+        self.unsealed = []
+        self._written = []
+        self._sealed_frames = len(self._frames)
+        position, end = 0, len(calls)
+        while position < end:
+            first = calls[position]
+            start = position
+            position += 1
+            session = first.session
+            if session is None:
+                continue
+            if first.failure is None:
+                number, flag = first.number, first.flag
+                payloads = [first.payload]
+                while position < end:
+                    call = calls[position]
+                    ahead = position - start
+                    if call.session is not session or call.number - number != ahead or call.flag - flag != ahead:
+                        break
+                    if call.failure is not None:
+                        break
+                    payloads.append(call.payload)
+                    position += 1
+                frame = wire.pack_frame(wire.RESULT, number, payloads)
+            else:
+                frame = first.answer
+            self._frames.append((session, frame))
+            # A process that is dead will not ask.
+            if not (session.is_dead or session.said_goodbye):
+                receipt = Receipt(session.tenant, first.flag, first.number, position - start, frame)
+                self._receipts.add(receipt)
+                self._written.append(receipt)
+
+    def revoke(self) -> None:
+        """The commit has failed: nothing that was sealed for it is so."""
+        for receipt in self._written:
+            self._receipts.take_back(receipt)
+        del self._frames[self._sealed_frames :]
+        self.unsealed = self._sealing + self.unsealed
+
+    def send(self) -> list[bytes]:
+        """Answer all; return what was sent, a portion for each process."""
+        self.seal()
+        portions: dict[Session, list[bytes]] = {}
+        for session, frame in self._frames:
+            portions.setdefault(session, []).append(frame)
+        self._frames = []
+        sent = []
+        for session, frames in portions.items():
+            data = frames[0] if len(frames) == 1 else b"".join(frames)
+            self._sessions.send(session, data)
+            sent.append(data)
+        return sent
+
+    def __repr__(self) -> str:
+        return f"<Answers: {len(self.unsealed)} unsealed, {len(self._frames)} to be sent>"
