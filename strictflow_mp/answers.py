@@ -30,8 +30,12 @@ class Answers:
         self._sealed_frames = 0  # of `_frames`, those that were there before the last seal
 
     def add(self, call: Call) -> None:
-        """A P1 has run, or failed."""
-        if not (self.unsealed and self.unsealed[-1] is call):  # it was added, and then found no room
+        """A P1 has run."""
+        self.unsealed.append(call)
+
+    def add_failed(self, call: Call) -> None:
+        """A P1 has failed, perhaps since there was no room for what it had changed."""
+        if not (self.unsealed and self.unsealed[-1] is call):
             self.unsealed.append(call)
 
     def seal(self) -> None:

@@ -24,6 +24,7 @@ from typing import Any
 import posix_ipc
 
 from . import functions, wire
+from .arguments import pack_arguments
 from .connection import reach, try_to_reach
 from .core import logger
 from .errors import (
@@ -380,10 +381,8 @@ class Client:
         )
 
     def _pack_arguments(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bytes:
-        if not args and not kwargs:
-            return b""
         try:
-            return pack([list(args), kwargs])
+            return pack_arguments(args, kwargs)
         except SerializationError as error:
             self._name_argument(name, args, kwargs)
             raise error.of(self.name) from None
@@ -468,11 +467,9 @@ class Client:
         stream = attachment.stream
         is_open = True
         try:
-            poll = select.poll()
-            poll.register(stream.fileno(), select.POLLIN)
-            if stream.unpack():
+            if stream.inbox or stream.unpack():
                 pass  # a signal handler raised before these were settled
-            elif not poll.poll(1000 if timeout is None else min(1000, timeout * 1000)):
+            elif not stream.wait(1 if timeout is None else min(1, timeout)):
                 if timeout is not None or Place.of(self.name).is_inhabited():
                     return
                 is_open = False

@@ -16,6 +16,7 @@ import pickle
 import signal
 import sys
 import time
+import traceback
 from multiprocessing import current_process
 from typing import Any
 
@@ -191,6 +192,7 @@ class Coordinator:
             # As after any other death: the last commit stands, and the next coordinator takes over.
             logger.critical("flow %r: the coordinator broke; please report this", self._name, exc_info=True)
             logging.shutdown()
+            traceback.print_exc()  # whether or not anybody has set up logging
             os._exit(BROKEN)
         self._loop.close()
         self._gate.stop()

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from typing import Any
 
+from .arguments import pack_arguments
 from .errors import ReadOnlyState, StrictFlowError
 from .future import TaskFuture
 from .gate import GateKeeper
@@ -19,7 +20,6 @@ from .state import Snapshot, View
 from .stepper import Stepper
 from .store import StoreReader, StoreWriter, Version
 from .transaction import Changes, Transaction
-from .values import pack
 
 __all__ = ["Inside"]
 
@@ -91,9 +91,10 @@ class Inside:
         writer: StoreWriter,
         reader: StoreReader,
         gate: GateKeeper,
-        scheduler: Scheduler,
+        scheduler: Scheduler[Call],
         stepper: Stepper,
         report: Callable[[], dict[str, Any]],
+        task_timeout: float | None,
     ) -> None:
         self.name = name
         self.committed = _Committed(name, writer, reader)
@@ -104,6 +105,7 @@ class Inside:
         self._gate = gate
         self._scheduler = scheduler
         self._stepper = stepper
+        self._task_timeout = task_timeout
         self._last = 0
         self._due = 0  # the number of the last P1 that a task submitted; 0 when none is queued
 
@@ -113,9 +115,13 @@ class Inside:
 
     def call(self, task: Any, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[TaskFuture[Any]]:
         """Queue calls of a task."""
-        function = Function(task, task.name, task.priority, task.packed_key, task.timeout)
-        packed = [pack([list(args), kwargs], f"arguments of {task.name}()") for args, kwargs in calls]
+        function = Function(task, task.name, task.priority, task.packed_key, self.timeout_of(task.timeout))
+        packed = [pack_arguments(args, kwargs, f"arguments of {task.name}()") for args, kwargs in calls]
         return [self._queue(task.priority, task.name, function, arguments, {}) for arguments in packed]
+
+    def timeout_of(self, timeout: float | None) -> float | None:
+        """The seconds that a task may take: its own, or else those of all tasks of the flow."""
+        return self._task_timeout if timeout is None else timeout
 
     def put(self, changes: Changes) -> TaskFuture[Any]:
         """Queue a ready-made P1."""
@@ -141,7 +147,7 @@ class Inside:
         if not self._due:
             return None
         job = self._scheduler.first_write(0)
-        if isinstance(job, Call):
+        if job is not None:
             return job.flag
         self._due = 0
         return None

@@ -18,6 +18,7 @@ from typing import Any
 
 from . import wire
 from .answers import Answers
+from .arguments import unpack_arguments
 from .core import logger, priority
 from .errors import IntegrityError, StateFull, StrictFlowError, TaskFailed, TaskTimeout
 from .failures import pack_failure
@@ -31,12 +32,10 @@ from .stepper import Stepper, run_alone, within_time
 from .store import StoreReader, StoreWriter
 from .suspect import Marker
 from .timelimit import TimeLimit
-from .transaction import Burst, Changes, Transaction
-from .values import pack, unpack, unpack_key
+from .transaction import Burst, Transaction
+from .values import pack, unpack_key
 
 __all__ = ["Runner"]
-
-_NO_ARGUMENTS: tuple[Sequence[Any], dict[str, Any]] = ((), {})
 
 audit = sys.audit
 
@@ -52,10 +51,9 @@ class Runner:
         gate: GateKeeper,
         sessions: Sessions,
         marker: Marker,
-        scheduler: Scheduler,
+        scheduler: Scheduler[Call],
         stepper: Stepper,
         inside: Inside,
-        task_timeout: float | None,
     ) -> None:
         self.name = name
         self._writer = writer
@@ -66,9 +64,11 @@ class Runner:
         self._scheduler = scheduler
         self._stepper = stepper
         self._inside = inside
-        self._task_timeout = task_timeout
         self._time_limit = TimeLimit()
         self._answers = Answers(writer.receipts, sessions)
+        self._burst = Burst(writer, reader, self._answers)
+        self._transaction = Transaction(self._burst)
+        self._is_debugging = False
         self._async_tasks: dict[tuple[int, int], asyncio.Task[Any]] = {}
         self.counters = {1: Counters(), 2: Counters()}
 
@@ -78,21 +78,20 @@ class Runner:
         """Run the queued P1 tasks, as many as belong to a burst."""
         gate, scheduler, answers = self._gate, self._scheduler, self._answers
         gate.raise_own()
-        burst = Burst(self._writer, self._reader, answers)
-        transaction = Transaction(burst)
+        burst = self._burst
         token = priority.set(1)
         jobs: list[Call] = []
         numbers: dict[int, int] = {}
         tight = not self._writer.is_roomy()
+        self._is_debugging = logger.isEnabledFor(logging.DEBUG)
         clock = time.perf_counter
         began = clock()
         while job := scheduler.next_write(len(jobs), clock() - began):
-            assert isinstance(job, Call)
             jobs.append(job)
             if not job.is_void:
                 numbers[job.owner] = job.flag
             if job.state is not State.CANCELLED:
-                self._run_write(job, burst, transaction)
+                self._run_write(job, burst)
             if tight:
                 break  # alone, so that it can only be itself that finds no room
         audit("strictflow_mp.burst.ran")
@@ -108,81 +107,80 @@ class Runner:
 
     def _answer_writes(self, jobs: list[Call]) -> None:
         now = time.perf_counter_ns()
-        ran = self.counters[1].ran
         for job in jobs:
             session = job.session
             if session is not None:
                 session.queued -= 1
                 if not session.is_open:
                     self._sessions.has_leavers = True
-            if job.state is not State.CANCELLED:
-                ran(now - job.arrived, job.failure is not None)
-                if job.future is not None:
-                    job.future.settle(job.outcome, job.failure)
+            elif job.future is not None and job.state is not State.CANCELLED:
+                job.future.settle(job.outcome, job.failure)
+        self.counters[1].ran_all(now, [job for job in jobs if job.state is not State.CANCELLED])
         for _ in self._answers.send():
             audit("strictflow_mp.answer.sent")
 
-    def _run_write(self, job: Call, burst: Burst, transaction: Transaction) -> None:
+    def _run_write(self, job: Call, burst: Burst) -> None:
         function = job.function
         try:
             if function is None:
                 assert job.changes is not None
-                changes = job.changes
-                for key, value in changes.items():
-                    if value is None and burst.lookup(key) is None:
-                        raise KeyError(unpack_key(key))
+                for packed_key, packed in job.changes.items():
+                    if packed is None and burst.lookup(packed_key) is None:
+                        raise KeyError(unpack_key(packed_key))
+                burst.apply(job.changes, job)
+                return
+            transaction = self._inside.transaction = self._transaction
+            transaction.begin()
+            try:
+                self._marker.mark(job.owner, job.number)
+                audit("strictflow_mp.task.marked")
+                if self._is_debugging:
+                    logger.debug("%s starts", function.name)
+                args, kwargs = unpack_arguments(job.arguments)
+                key = function.key
+                if key is None:
+                    result = self._call(function, args, kwargs)
+                    changes = transaction.changes()
+                    job.payload = pack_result(result, job)
+                else:
+                    result = self._call(function, (transaction.take_out(key), *args), kwargs)
+                    if result is None:
+                        raise self._aborted(function)
+                    job.payload = pack(result, function.path)
+                if self._is_debugging:
+                    logger.debug("%s ends", function.name)
+            finally:
+                self._marker.clear()
+                self._inside.transaction = None
+            job.outcome = result
+            if key is None:
+                burst.apply(changes, job)
             else:
-                transaction.begin()
-                self._inside.transaction = transaction
-                try:
-                    self._marker.mark(job.owner, job.number)
-                    audit("strictflow_mp.task.marked")
-                    changes = self._run_function(job, function, transaction)
-                finally:
-                    self._marker.clear()
-                    self._inside.transaction = None
-            burst.apply(changes, job)
+                transaction.put_back(job.payload, result, job)
         except BaseException as error:
             self.fail(job, error)
             # If only later tasks of its process had receipts, the next coordinator would run this one again.
-            self._answers.add(job)
+            self._answers.add_failed(job)
 
-    def _run_function(self, job: Call, function: Function, transaction: Transaction) -> Changes:
-        """Run a P1's function; return what it has changed."""
-        args, kwargs = unpack(job.arguments) if job.arguments else _NO_ARGUMENTS
-        debug = logger.isEnabledFor(logging.DEBUG)
-        if debug:
-            logger.debug("%s starts", function.name)
-        key = function.key
-        if key is None:
-            result = self._within(function, args, kwargs)
-            changes = transaction.changes()
-            job.payload = pack_result(result, job)
-        else:
-            result = self._within(function, (transaction.take_out(key), *args), kwargs)
-            if result is None:
-                raise IntegrityError(
-                    f"{function.name}() returned None for key {function.plain_key!r}: nothing was committed; return "
-                    "the new value",
-                    flow=self.name,
-                    key=function.plain_key,
-                )
-            job.payload = pack(result, function.path)
-            changes = transaction.put_back(key, job.payload)
-        if debug:
-            logger.debug("%s ends", function.name)
-        if job.future is not None:
-            job.outcome = result
-        return changes
+    def _aborted(self, function: Function) -> IntegrityError:
+        return IntegrityError(
+            f"{function.name}() returned None for key {function.plain_key!r}: nothing was committed; return the new "
+            "value",
+            flow=self.name,
+            key=function.plain_key,
+        )
 
-    def _within(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call within the task's time. A coroutine is run to its end, alone."""
-        if self._timeout(function) is None:
-            return _call(function, args, kwargs)
-        return self._in_time(function, lambda: _call(function, args, kwargs))
+    def _call(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a P1's function within its time. A coroutine is run to its end, alone."""
+        if function.timeout is None:
+            result = function.function(*args, **kwargs)
+            return run_alone(result) if type(result) is CoroutineType else result
 
-    def _timeout(self, function: Function) -> float | None:
-        return function.timeout if function.timeout is not None else self._task_timeout
+        def call() -> Any:
+            result = function.function(*args, **kwargs)
+            return run_alone(result) if type(result) is CoroutineType else result
+
+        return self._in_time(function, function.timeout, call)
 
     def _overrun(self, name: str, timeout: float) -> TaskTimeout:
         return TaskTimeout(
@@ -191,12 +189,12 @@ class Runner:
             flow=self.name,
         )
 
-    def _in_time(self, function: Function, call: Callable[[], Any]) -> Any:
-        timeout = self._timeout(function)
-        if timeout is None:
-            return call()
+    def _in_time(self, function: Function, timeout: float, call: Callable[[], Any]) -> Any:
         self._marker.limit(timeout)
-        kept, result = self._time_limit.call(timeout, call)
+        try:
+            kept, result = self._time_limit.call(timeout, call)
+        finally:
+            self._marker.unlimit()
         if not kept:
             raise self._overrun(function.name, timeout)
         return result
@@ -206,18 +204,20 @@ class Runner:
     def run_read(self) -> None:
         """Run the P2 task whose turn it is; start it, if it is async."""
         job = self._scheduler.next_read()
-        assert isinstance(job, Call)
         assert job.function is not None
         function = job.function
         token = priority.set(2)
         try:
-            args, kwargs = unpack(job.arguments) if job.arguments else _NO_ARGUMENTS
+            args, kwargs = unpack_arguments(job.arguments)
             if function.key is not None:
                 args = [self._inside.committed.get(function.plain_key), *args]
             logger.debug("%s starts", function.name)
             self._marker.mark(job.owner, job.number)
             try:
-                result = self._in_time(function, lambda: function.function(*args, **kwargs))
+                if function.timeout is None:
+                    result = function.function(*args, **kwargs)
+                else:
+                    result = self._in_time(function, function.timeout, lambda: function.function(*args, **kwargs))
             finally:
                 self._marker.clear()
             if isinstance(result, CoroutineType):
@@ -232,7 +232,7 @@ class Runner:
         self._finish_read(job)
 
     def _start_async(self, job: Call, function: Function, coroutine: Any) -> None:
-        timeout = self._timeout(function)
+        timeout = function.timeout
 
         async def within() -> Any:
             try:
@@ -311,8 +311,3 @@ class Runner:
 
     def __repr__(self) -> str:
         return f"<Runner of flow {self.name!r}>"
-
-
-def _call(function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    result = function.function(*args, **kwargs)
-    return run_alone(result) if isinstance(result, CoroutineType) else result

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
+from typing import Generic, TypeVar
 
 __all__ = ["BURST_TASKS", "BURST_TIME", "Job", "Scheduler", "State", "Step"]
 
@@ -56,24 +57,27 @@ class Job:
         return f"<P{self.priority} #{self.number} of {self.owner}, {self.state.value}>"
 
 
-class Scheduler:
+J = TypeVar("J", bound=Job)
+
+
+class Scheduler(Generic[J]):
     """Two queues, and whose turn it is."""
 
     def __init__(self) -> None:
-        self._writes: deque[Job] = deque()
-        self._reads: deque[Job] = deque()
-        self._queued: dict[tuple[int, int], Job] = {}
+        self._writes: deque[J] = deque()
+        self._reads: deque[J] = deque()
+        self._queued: dict[tuple[int, int], J] = {}
         self._async = 0
         self._async_turn = False
 
     # Events in
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: J) -> None:
         """A task has arrived."""
         (self._writes if job.priority == 1 else self._reads).append(job)
         self._queued[job.owner, job.number] = job
 
-    def cancel(self, owner: int, number: int) -> Job | None:
+    def cancel(self, owner: int, number: int) -> J | None:
         """Take a task back; None when it has started already, or is unknown.
 
         A cancelled P1 keeps its place in the queue: its owner's P1 tasks are counted in their order.
@@ -115,7 +119,7 @@ class Scheduler:
             return Step.ASYNC
         return Step.READ if self._reads else Step.IDLE
 
-    def next_write(self, done: int, elapsed: float) -> Job | None:
+    def next_write(self, done: int, elapsed: float) -> J | None:
         """The next P1 task of a burst that has run *done* tasks for *elapsed* seconds; None ends it.
 
         A job that was cancelled comes out too, marked, to be counted but not run.
@@ -128,7 +132,7 @@ class Scheduler:
             job.state = State.RUNNING
         return job
 
-    def next_read(self) -> Job:
+    def next_read(self) -> J:
         """The P2 task to run."""
         self._async_turn = True
         job = self._reads.popleft()
@@ -136,7 +140,7 @@ class Scheduler:
         job.state = State.RUNNING
         return job
 
-    def first_write(self, owner: int) -> Job | None:
+    def first_write(self, owner: int) -> J | None:
         """The first queued P1 task of an owner."""
         return next((job for job in self._writes if job.owner == owner), None)
 

@@ -20,6 +20,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from os import sched_yield
+from time import perf_counter
 from typing import Any
 
 from . import handshake, wire
@@ -29,7 +31,7 @@ from .gate import GateKeeper, Tenancy
 from .processes import Identity, open_pidfd
 from .segment import Segment
 from .store import Receipt, Receipts, clear_pins, has_pins
-from .wire import Frame, Stream
+from .wire import SPIN, Frame, Stream
 
 __all__ = ["Session", "Sessions"]
 
@@ -43,6 +45,8 @@ ALL_PATHS = 1 << 13
 """Entries of all of them together; what comes later is not looked for there."""
 GRACE = 1.0
 """Seconds that readers still wait, after a takeover, for what processes that are away had submitted."""
+BUSY = 200e-6
+"""Seconds within which the next frames must come for it to be worth to look for them before sleeping."""
 AGAIN = 0.05
 """Seconds between looks at slots whose process still lives, though its connection is closed."""
 
@@ -113,6 +117,7 @@ class Sessions:
         self.has_newcomers = False
         self._look_again = 0.0
         self._grace = 0.0
+        self._is_busy = False
         self._wakeup, self._wake = socket.socketpair()
         self._wakeup.setblocking(False)
         self._wake.setblocking(False)
@@ -141,7 +146,7 @@ class Sessions:
         the slot of a process that is gone could be taken back ahead of its last tasks.
         """
         arrived: list[tuple[Session, list[Frame]]] = []
-        for descriptor, event in self.epoll.poll(timeout):
+        for descriptor, event in self._events(timeout):
             session = self._watched.get(descriptor)
             if session is not None:
                 if descriptor == session.pidfd:
@@ -165,6 +170,21 @@ class Sessions:
             elif descriptor == self._owner_pidfd:
                 self.epoll.unregister(descriptor)
         return arrived
+
+    def _events(self, timeout: float) -> list[tuple[int, int]]:
+        """What epoll says. While frames come one soon after the other, it looks for a while before it sleeps."""
+        look = self.epoll.poll
+        if timeout <= 0:
+            return look(0)
+        began = perf_counter()
+        if self._is_busy:
+            while perf_counter() - began < SPIN:
+                if events := look(0):
+                    return events
+                sched_yield()
+        events = look(timeout)
+        self._is_busy = perf_counter() - began < BUSY
+        return events
 
     def _receive(self, session: Session, arrived: list[tuple[Session, list[Frame]]]) -> None:
         if not session.is_open:

@@ -18,11 +18,11 @@ from .gate import GateKeeper
 from .inside import Inside
 from .jobs import Broken, Call, Function
 from .runner import Runner
-from .scheduler import Job, Scheduler, State, Step
+from .scheduler import Scheduler, State, Step
 from .sessions import Session, Sessions
 from .stepper import Stepper
 from .store import StoreReader, StoreWriter
-from .suspect import Marker, loading_seq
+from .suspect import SLOT_SHIFT, Marker, loading_seq
 from .transaction import Changes
 from .values import pack, pack_key, unpack_frozen, unpack_key
 from .wire import Frame
@@ -33,6 +33,8 @@ HOUSEKEEPING = 0.25
 """Seconds between looks at what nobody tells us: owners and workers without a pidfd."""
 DOOR = 1.0
 """Seconds that the frame of a flag that is up may take to arrive when the flow stops."""
+SEQS = 1 << SLOT_SHIFT
+"""Tasks that a process may number."""
 LEAP = 1 << 24
 """How far the number of a P1 may lie ahead of the last one that was finished."""
 FUNCTIONS = 1 << 16
@@ -76,10 +78,11 @@ class SFLoop:
         self.name = name
         self.gate = gate
         self.sessions = sessions
-        self.scheduler = scheduler = Scheduler()
+        self.scheduler: Scheduler[Call] = Scheduler()
+        scheduler = self.scheduler
         self.stepper = stepper = Stepper(sessions.epoll.fileno())
-        self.inside = inside = Inside(name, writer, reader, gate, scheduler, stepper, report)
-        self.runner = Runner(name, writer, reader, gate, sessions, marker, scheduler, stepper, inside, task_timeout)
+        self.inside = inside = Inside(name, writer, reader, gate, scheduler, stepper, report, task_timeout)
+        self.runner = Runner(name, writer, reader, gate, sessions, marker, scheduler, stepper, inside)
         self._receipts = writer.receipts
         self._max_pending = max_pending
         self._marker = marker
@@ -165,8 +168,12 @@ class SFLoop:
         if type(kind) is not int:
             raise ProtocolError("a frame's kind must be a number")
         if kind == wire.CALL:
-            wire.check_fields(frame, int, int, tuple, int, int)
+            # As `check_fields`, spelled out: this comes with each task.
+            if len(frame) != 6 or type(frame[3]) is not tuple:
+                raise ProtocolError("a call has the wrong fields")
             _, number, function_id, batch, flag, ack = frame
+            if not (type(number) is type(function_id) is type(flag) is type(ack) is int):
+                raise ProtocolError("a call has the wrong fields")
             function = session.functions.get(function_id)
             if function is None:
                 raise ProtocolError(f"a call names function {function_id}, which was not sent")
@@ -244,7 +251,7 @@ class SFLoop:
             target = Broken(name, error)
         finally:
             self._marker.clear()
-        session.functions[function_id] = Function(target, name, level, key, timeout)
+        session.functions[function_id] = Function(target, name, level, key, self.inside.timeout_of(timeout))
 
     def _queue_calls(
         self, session: Session, function: Function, number: int, batch: tuple[Any, ...], flag: int
@@ -268,6 +275,8 @@ class SFLoop:
         if not calls:
             return
         first, last = calls[0], calls[-1]
+        if first.number < 0 or last.number >= SEQS:
+            raise ProtocolError(f"no task can be {first.number} in its connection")
         if first.flag < 0 or (first.number and (first.flag == 0) != (first.priority == 2)):
             raise ProtocolError(f"a P{first.priority} task cannot have number {first.flag}")
         if last.flag > self.gate.last_finished(first.owner) + LEAP:
@@ -318,7 +327,6 @@ class SFLoop:
         """Refuse what is queued. P1 tasks are counted as finished: nobody may wait for them."""
         numbers: dict[int, int] = {}
         while (job := self.scheduler.next_write(0, 0)) is not None:
-            assert isinstance(job, Call)
             self._refuse(job)
             numbers[job.owner] = job.flag
         while self.scheduler.reads > len(self.stepper):
@@ -329,8 +337,7 @@ class SFLoop:
     def _stopped(self) -> FlowNotRunning:
         return FlowNotRunning("it was stopped before the task ran", flow=self.name)
 
-    def _refuse(self, job: Job) -> None:
-        assert isinstance(job, Call)
+    def _refuse(self, job: Call) -> None:
         if job.state is not State.CANCELLED:
             self.runner.fail(job, self._stopped())
             self.runner.send(job)

@@ -91,6 +91,12 @@ class Counters:
         self.failed += failed
         self._latencies.append(nanoseconds)
 
+    def ran_all(self, now: int, tasks: list[Any]) -> None:
+        """Several tasks were answered at that time; each says when it `arrived` and whether it has a `failure`."""
+        self.run += len(tasks)
+        self.failed += len([task for task in tasks if task.failure is not None])
+        self._latencies.extend([now - task.arrived for task in tasks])
+
     def latency(self) -> Latency:
         """Percentiles over the last tasks."""
         ordered = sorted(self._latencies)

@@ -56,6 +56,7 @@ class Marker:
     def __init__(self, segment: Segment) -> None:
         self._words = segment.words
         self.clear()
+        self.unlimit()
 
     def mark(self, slot: int, seq: int) -> None:
         """A task begins."""
@@ -69,10 +70,13 @@ class Marker:
         """The task that runs must have ended by then."""
         self._words[W_DEADLINE] = time.monotonic_ns() + int(seconds * 1e9)
 
+    def unlimit(self) -> None:
+        """It has ended in time."""
+        self._words[W_DEADLINE] = 0
+
     def clear(self) -> None:
         """It has ended."""
         self._words[W_SUSPECT] = 0
-        self._words[W_DEADLINE] = 0
 
     @types.coroutine
     def marked(self, coroutine: Coroutine[Any, Any, Any], slot: int, seq: int) -> Generator[Any, Any, Any]:

@@ -49,8 +49,8 @@ class Burst:
         self._begin()
 
     def _begin(self) -> None:
-        self._version = Version(self._writer.version, *self._writer.tree)
         self._changes: Changes = {}
+        self._plain: dict[bytes, Any] = {}
         self._weight = 0
 
     def lookup(self, key: bytes) -> bytes | None:
@@ -60,8 +60,38 @@ class Burst:
         return self._committed(key)
 
     def _committed(self, key: bytes) -> bytes | None:
+        latest = self._writer.latest
+        if key in latest:  # often the last burst changed what this one does
+            return latest[key]
         cell = self._reader.find(self._version, self._reader.route(key))
         return None if cell is None else cell.payload.tobytes()
+
+    @property
+    def _version(self) -> Version:
+        return Version(self._writer.version, *self._writer.tree)
+
+    def value(self, key: bytes, packed: bytes) -> Any:
+        """What *packed*, just looked up for *key*, stands for: the caller's own copy."""
+        # What cannot change in place needs no copy: a counter is unpacked once a burst.
+        return self._plain[key] if key in self._plain else unpack(packed)
+
+    def put(self, key: bytes, packed: bytes, value: Any, call: Any) -> None:
+        """As `apply`, for a task that has given one key the value *value*, and changed nothing else.
+
+        Raises:
+            StateFull: there is no room; it was not taken over.
+        """
+        weight = self._weight + len(key) + len(packed) + CELL_OVERHEAD
+        if weight > BURST_BYTES:
+            self.apply({key: packed}, call)
+            return
+        self._ledger.add(call)
+        self._weight = weight
+        self._changes[key] = packed
+        if type(value) in _PLAIN:
+            self._plain[key] = value
+        elif self._plain:
+            self._plain.pop(key, None)
 
     def __iter__(self) -> Iterator[bytes]:
         """Every packed key, as of now."""
@@ -79,11 +109,10 @@ class Burst:
         Raises:
             StateFull: there is no room; none was taken over.
         """
-        if not changes:
-            self._ledger.add(call)
-            return
-        weight = sum([len(key) + len(payload or b"") + CELL_OVERHEAD for key, payload in changes.items()])
-        if self._weight + weight > BURST_BYTES:
+        weight = self._weight
+        for key, payload in changes.items():
+            weight += len(key) + CELL_OVERHEAD + (len(payload) if payload else 0)
+        if weight > BURST_BYTES and changes:
             # Too heavy to be sure of its room: what is there is committed first, so that it can only harm itself.
             self.publish()
             self._ledger.add(call)
@@ -94,8 +123,10 @@ class Burst:
                 self._begin()
             return
         self._ledger.add(call)
-        self._weight += weight
+        self._weight = weight
         self._changes.update(changes)
+        for key in self._plain.keys() & changes.keys():
+            del self._plain[key]
 
     def publish(self) -> None:
         """Commit what was applied, if it amounts to anything.
@@ -118,10 +149,10 @@ class Burst:
             except StateFull:
                 self._ledger.revoke()
                 raise
-            self._begin()
+        self._begin()
 
     def __repr__(self) -> str:
-        return f"<Burst on version {self._version.number}, {len(self._changes)} changes>"
+        return f"<Burst on version {self._writer.version}, {len(self._changes)} changes>"
 
 
 class _Entry:
@@ -141,28 +172,45 @@ class Transaction(MutableMapping[Any, Any]):
     def __init__(self, burst: Burst) -> None:
         self._burst = burst
         self._entries: dict[bytes, _Entry] = {}
+        self._taken = b""  # the key that a keyed task was given, its value, and that as it was before
+        self._value: Any = None
+        self._before: bytes | None = None
 
     def begin(self) -> None:
         """Another task of the burst begins."""
+        self._taken = b""
         if self._entries:
             self._entries = {}
 
     def take_out(self, packed_key: bytes) -> Any:
         """A keyed task's first argument: the private copy of its key's value, None when absent."""
-        value = self._load(packed_key).value
-        return None if value is _GONE else value
+        # No entry of its own: most keyed tasks look at nothing else, and give back the new value themselves.
+        before = self._before = self._burst.lookup(packed_key)
+        self._taken = packed_key
+        if before is None:
+            self._value = _GONE
+            return None
+        value = self._value = self._burst.value(packed_key, before)
+        return value
 
-    def put_back(self, packed_key: bytes, packed: bytes) -> Changes:
-        """What a keyed task has changed, by its return value and besides.
+    def put_back(self, packed: bytes, value: Any, call: Any) -> None:
+        """Hand to the burst what a keyed task has changed, by its return value *value* and besides.
 
         Raises:
             SerializationError: a value that it changed in place besides can no longer be stored.
+            StateFull: there is no room.
         """
-        entry = self._entries.pop(packed_key)
-        changes = self.changes() if self._entries else {}
-        if packed != entry.before:
-            changes[packed_key] = packed
-        return changes
+        key = self._taken
+        if self._entries:
+            self._entries.pop(key, None)
+            changes = self.changes()
+            if packed != self._before:
+                changes[key] = packed
+            self._burst.apply(changes, call)
+        elif packed == self._before:
+            self._burst.apply({}, call)
+        else:
+            self._burst.put(key, packed, value, call)
 
     def __getitem__(self, key: Any) -> Any:
         value = self._load(pack_key(key)).value
@@ -173,8 +221,11 @@ class Transaction(MutableMapping[Any, Any]):
     def _load(self, packed_key: bytes) -> _Entry:
         entry = self._entries.get(packed_key)
         if entry is None:
-            before = self._burst.lookup(packed_key)
-            entry = _Entry(_GONE if before is None else unpack(before), before, before)
+            if packed_key == self._taken:
+                entry = _Entry(self._value, self._before, self._before)
+            else:
+                before = self._burst.lookup(packed_key)
+                entry = _Entry(_GONE if before is None else unpack(before), before, before)
             self._entries[packed_key] = entry
         return entry
 

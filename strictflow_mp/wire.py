@@ -6,7 +6,7 @@ Client to coordinator::
 
     [FUNCTION, id, by_value, code, name, priority, key, timeout]   once for each function and connection
     [CALL, seq, id, [arguments, ...], flag, ack]
-                                       calls seq, seq + 1, ...; arguments: packed [args, kwargs], b"" for none
+                                       calls seq, seq + 1, ...; arguments: see `arguments`
     [PUT, seq, [[key, payload or nil]], flag, ack]  P1; nil deletes
     [COUNT, flag]                      count up to that number, in its turn: nobody sends those P1 tasks again
     [ACK, ack]                         the answers of P1 tasks up to that seq have arrived
@@ -30,10 +30,13 @@ A frame that breaks a limit or the form closes its own connection, and no other.
 
 from __future__ import annotations
 
+import select
 import socket
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
+from os import sched_yield
+from time import perf_counter
 from typing import Any
 
 import msgpack
@@ -55,6 +58,9 @@ FUNCTION, CALL, PUT, CANCEL, STATS, STOP, GOODBYE, ACK, COUNT = range(1, 10)
 RESULT, FAILURE, CANCELLED, REFUSED = range(1, 5)
 
 RECEIVE = 1 << 18
+
+SPIN = 50e-6
+"""Seconds that a thread looks for what it waits for before it sleeps: about as long as an idle core takes to wake."""
 
 _pack = msgpack.Packer(autoreset=True, unicode_errors="surrogatepass").pack
 
@@ -93,6 +99,8 @@ class Stream:
             unicode_errors="surrogatepass",
         )
         self._count: dict[str, int] = {}
+        self._poll = select.poll()
+        self._poll.register(sock.fileno(), select.POLLIN)
         self.inbox: deque[Frame] = deque()
         self._unsent = bytearray()
         self.is_drained = False  # whether the last portion was all that there was
@@ -113,6 +121,25 @@ class Stream:
         frames = list(self.inbox)
         self.inbox.clear()
         return frames
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to that long until something has arrived, or the other end has closed; whether it has.
+
+        Before it sleeps it looks for as long as waking up may take, for an answer often comes sooner. It gives way each
+        time, so that on a busy machine whoever is to answer has the core.
+
+        Raises:
+            ValueError, OSError: another thread has closed this end.
+        """
+        look = self._poll.poll
+        if seconds <= 0 or look(0):
+            return bool(seconds > 0 or look(0))
+        end = perf_counter() + min(SPIN, seconds)
+        while perf_counter() < end:
+            sched_yield()
+            if look(0):
+                return True
+        return bool(look(seconds * 1000))
 
     def fill(self) -> bool:
         """As `receive`, but leave the frames in `inbox`; False when the other end has closed.

@@ -66,7 +66,7 @@ class Arena:
         Raises:
             StateFull: there is none; nothing was changed.
         """
-        size = block_size(words)
+        size = words if words <= EXACT else block_size(words)
         blocks = self._free.get(size)
         if blocks:
             self.used += size
@@ -80,13 +80,18 @@ class Arena:
 
     def release(self, index: int, words: int) -> None:
         """Give back a block that nobody can reach any more."""
-        size = block_size(words)
+        size = words if words <= EXACT else block_size(words)
         self.used -= size
         blocks = self._free.get(size)
         if blocks is None:
             self._free[size] = [index]
         else:
             blocks.append(index)
+
+    def release_all(self, indexes: list[int], words: int) -> None:
+        """Give back several blocks of one size, which is at most `EXACT`."""
+        self.used -= words * len(indexes)
+        self._free.setdefault(words, []).extend(indexes)
 
     def has_room(self, words: int) -> bool:
         """Whether blocks of *words* words in all, each of them small, can be allocated without failing."""

@@ -23,7 +23,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from ..errors import StateFull
 from ..segment import (
@@ -50,8 +50,8 @@ __all__ = ["BURST_BYTES", "StoreWriter"]
 
 audit = sys.audit
 
-REST_WORDS = 1 << 19
-"""Replaced memory that rests before it is reused: 4 MiB, or an eighth of what is claimed if that is more."""
+REST_WORDS = 1 << 17
+"""Replaced memory that rests before it is reused: 1 MiB, about a thousand commits, and no more than a cache holds."""
 
 HEADROOM = 1 << 16
 """Words that `is_roomy` promises."""
@@ -79,6 +79,8 @@ class StoreWriter:
         self._held: list[tuple[int, int]] = []  # (replaced at, pointer): spared for a pin
         self._held_for: PinnedVersions | None = None
         self.version = 0
+        self.latest: Mapping[bytes, bytes | None] = {}
+        """What the last commit changed."""
         self._root = 0
         self._count = 0
 
@@ -177,12 +179,13 @@ class StoreWriter:
         audit("strictflow_mp.commit.flipped")
         self.receipts.committed()
         self.version, self._root, self._count = version, trie.root, trie.count
+        self.latest = changes
         if trie.replaced:
             self._rest(version, trie.replaced)
         if not self.arena.is_reserve_full:
             self._reclaim(version)
             self.arena.refill_reserve()
-        self._begin()
+        trie.begin(version + 1, trie.root, trie.count)
         return version
 
     def _build(self, changes: Mapping[bytes, bytes | None]) -> tuple[int, int]:
@@ -190,15 +193,17 @@ class StoreWriter:
 
         Return the blocks of its receipts.
         """
-        means = [self._reclaim_all]
-        if not any(payload is not None for payload in changes.values()):
-            means.append(self.arena.open_reserve)
+        means: list[Callable[[], bool]] | None = None
         while True:
             try:
                 self._apply(changes)
                 return self.receipts.write()
             except StateFull:
                 self._undo()
+                if means is None:
+                    means = [self._reclaim_all]
+                    if not any(payload is not None for payload in changes.values()):
+                        means.append(self.arena.open_reserve)
                 while means and not means[0]():
                     del means[0]
                 if not means:
@@ -224,17 +229,15 @@ class StoreWriter:
     # Rest and reuse
 
     def _rest(self, version: int, pointers: list[int]) -> None:
-        words = 0
         memory = self._words
-        for pointer in pointers:
-            if pointer & 1:
-                lengths = memory[(pointer >> 1) + 2]
-                words += CELL_HEAD + (lengths >> KEY_SHIFT + 3) + ((lengths & PAYLOAD_MASK) >> 3)
-            else:
-                words += NODE
+        cells = [pointer for pointer in pointers if pointer & 1]
+        words = NODE * (len(pointers) - len(cells))
+        for pointer in cells:
+            lengths = memory[(pointer >> 1) + 2]
+            words += CELL_HEAD + (lengths >> KEY_SHIFT + 3) + ((lengths & PAYLOAD_MASK) >> 3)
         self._resting.append((version, pointers, words))
         self._resting_words += words
-        if self._resting_words > REST_WORDS and self._resting_words > self.arena.used >> 3:
+        if self._resting_words > REST_WORDS:
             # Half of it, so that the pins are looked at once for many commits.
             rest = self._resting_words >> 1
             for replaced_at, _, size in self._resting:
@@ -275,12 +278,16 @@ class StoreWriter:
         while resting and resting[0][0] <= horizon:
             version, pointers, size = resting.popleft()
             self._resting_words -= size
+            if unpinned:
+                trie.free_all(pointers)
+                freed = True
+                continue
             for pointer in pointers:
-                if unpinned or not pinned.needs(trie.birth(pointer), version):
+                if pinned.needs(trie.birth(pointer), version):
+                    self._held.append((version, pointer))
+                else:
                     trie.free(pointer)
                     freed = True
-                else:
-                    self._held.append((version, pointer))
         return freed
 
     @property

@@ -186,9 +186,14 @@ class Receipts:
         Raises:
             StateFull: there is no room; nothing was changed.
         """
+        if not self._recent:
+            self._moved = False
+            self._new = (self._base if self._based else (0, 0), 0)
+            return self._new[0][0], 0
         entries = [entry for due in self._recent.values() for entry in due.values()]
         data = b"".join(entries)
-        self._moved = len(entries) > MANY + (sum(map(len, self._based.values())) >> 2) or len(data) > (DELTA - 1) * WORD
+        many = len(entries) > MANY and len(entries) > MANY + (sum(map(len, self._based.values())) >> 2)
+        self._moved = many or len(data) > (DELTA - 1) * WORD
         if self._moved:
             self._new = (self._new_base(), 0)
         else:

@@ -29,6 +29,7 @@ Source of the idea: Bagwell, "Ideal Hash Trees" (2001), here with plain arrays i
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 from ..words import WORD
@@ -49,6 +50,12 @@ PAYLOAD_MASK = (1 << KEY_SHIFT) - 1
 
 _EMPTY = bytes(FANOUT * WORD)
 
+_pack_head = struct.Struct("=3Q").pack
+
+
+KNOWN = 1 << 12
+"""Keys whose hash is kept: the same few are written again and again, and hashing takes as long as a walk."""
+
 
 class Hash:
     """The keyed hash: BLAKE2b, so that nobody can choose keys that collide."""
@@ -58,9 +65,18 @@ class Hash:
 
         self._blake2b = blake2b
         self._key = key
+        self._known: dict[bytes, int] = {}
 
     def __call__(self, key: bytes) -> int:
-        return int.from_bytes(self._blake2b(key, digest_size=8, key=self._key).digest(), "little")
+        known = self._known.get(key)
+        if known is not None:
+            return known
+        # The key in front, not as BLAKE2b's own: that takes a block more. It is as hard to guess a collision.
+        digest = int.from_bytes(self._blake2b(self._key + key, digest_size=8).digest(), "little")
+        if len(self._known) >= KNOWN:
+            self._known.clear()
+        self._known[key] = digest
+        return digest
 
     def again(self, key: bytes, block: int) -> int:
         """The hash for levels ``12 * block`` and below."""
@@ -142,6 +158,13 @@ class Trie:
         else:
             self._arena.release(index - 1, NODE)
 
+    def free_all(self, pointers: list[int]) -> None:
+        """Give blocks back, most of them nodes."""
+        self._arena.release_all([(pointer >> 1) - 1 for pointer in pointers if not pointer & 1], NODE)
+        for pointer in pointers:
+            if pointer & 1:
+                self.free(pointer)
+
     def birth(self, pointer: int) -> int:
         """The version that made a block."""
         index = pointer >> 1
@@ -154,16 +177,15 @@ class Trie:
             StateFull: there is no room; nothing was changed.
         """
         key_length, length = len(key), len(payload)
-        index = self._arena.allocate(cell_words(key_length, length))
-        words = self._words
-        words[index] = self.version
-        words[index + 1] = digest
-        words[index + 2] = key_length << KEY_SHIFT | length
-        start = (index + CELL_HEAD) * WORD
+        head_words = CELL_HEAD + (key_length + 7 >> 3)
+        index = self._arena.allocate(head_words + (length + 7 >> 3))
+        start = index * WORD
         buffer = self._buffer
-        buffer[start : start + key_length] = key
-        start += key_length + 7 & ~7
-        buffer[start : start + length] = payload
+        middle = start + CELL_HEAD * WORD
+        buffer[start:middle] = _pack_head(self.version, digest, key_length << KEY_SHIFT | length)
+        buffer[middle : middle + key_length] = key
+        body = start + head_words * WORD
+        buffer[body : body + length] = payload
         pointer = index << 1 | 1
         self.made.append(pointer)
         return pointer
@@ -172,6 +194,7 @@ class Trie:
         """Make *cell* the cell of *key*."""
         words = self._words
         version = self.version
+        allocate, made, replaced = self._arena.allocate, self.made, self.replaced
         parent = -1  # the word that points to where we are; -1 is the root
         pointer = self.root
         bits = digest
@@ -179,12 +202,23 @@ class Trie:
         while pointer and not pointer & 1:
             node = pointer >> 1
             if words[node - 1] != version:
-                node = self._copy(node, parent)
+                # As `_copy`, spelled out: it is most of a commit in a large state.
+                copy = allocate(NODE) + 1
+                words[copy : copy + FANOUT] = words[node : node + FANOUT]
+                words[copy - 1] = version
+                replaced.append(pointer)
+                node = copy
+                pointer = copy << 1
+                made.append(pointer)
+                if parent < 0:
+                    self.root = pointer
+                else:
+                    words[parent] = pointer
             parent = node + (bits & 31)
             pointer = words[parent]
             bits >>= 5
             depth += 1
-            if depth % LEVELS == 0:
+            if depth == LEVELS or (depth > LEVELS and depth % LEVELS == 0):
                 bits = self._hash.again(key, depth // LEVELS)
         if not pointer:
             self.count += 1
