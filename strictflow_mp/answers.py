@@ -12,7 +12,7 @@ from __future__ import annotations
 from . import wire
 from .jobs import Call
 from .sessions import Session, Sessions
-from .store import Receipt, Receipts
+from .store import Receipts
 
 __all__ = ["Answers"]
 
@@ -25,7 +25,7 @@ class Answers:
         self._sessions = sessions
         self.unsealed: list[Call] = []
         self._sealing: list[Call] = []
-        self._written: list[Receipt] = []
+        self._written: list[tuple[int, int, int, int, bytes]] = []
         self._frames: list[tuple[Session, bytes]] = []
         self._sealed_frames = 0  # of `_frames`, those that were there before the last seal
 
@@ -70,7 +70,7 @@ class Answers:
             self._frames.append((session, frame))
             # A process that is dead will not ask.
             if not (session.is_dead or session.said_goodbye):
-                receipt = Receipt(session.tenant, first.flag, first.number, position - start, frame)
+                receipt = (session.tenant, first.flag, first.number, position - start, frame)
                 self._receipts.add(receipt)
                 self._written.append(receipt)
 
@@ -83,17 +83,15 @@ class Answers:
 
     def send(self) -> list[bytes]:
         """Answer all; return what was sent, a portion for each process."""
-        self.seal()
-        portions: dict[Session, list[bytes]] = {}
-        for session, frame in self._frames:
-            portions.setdefault(session, []).append(frame)
-        self._frames = []
-        sent = []
-        for session, frames in portions.items():
-            data = frames[0] if len(frames) == 1 else b"".join(frames)
+        if self.unsealed:
+            self.seal()
+        frames, self._frames = self._frames, []
+        portions: dict[Session, bytes] = {}
+        for session, frame in frames:
+            portions[session] = portions[session] + frame if session in portions else frame
+        for session, data in portions.items():
             self._sessions.send(session, data)
-            sent.append(data)
-        return sent
+        return list(portions.values())
 
     def __repr__(self) -> str:
         return f"<Answers: {len(self.unsealed)} unsealed, {len(self._frames)} to be sent>"

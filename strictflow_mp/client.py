@@ -57,8 +57,8 @@ RESTART = 10.0
 EXPELLED = 0.5
 """Seconds after which a coordinator that closed the connection, and lives, is taken to have meant it."""
 RETRY = 0.005
-BATCH = 128
-"""Calls in a frame, at most: the coordinator begins with the first ones while the others are packed."""
+FIRST, BATCH = 16, 128
+"""Calls in the first frame of several, and in the others: the coordinator begins while the rest is on its way."""
 LONG = 1 << 16
 """Bytes of an answer that is acknowledged at once, so that the coordinator need not keep it."""
 SLICE = 0.05
@@ -279,13 +279,16 @@ class Client:
         futures: list[TaskFuture[Any]] = []
         position = 0
         while position < len(packed):
-            attachment = self.attach()
-            self._wait_for_room(attachment)
+            attachment = self._attachment
+            if attachment is None or attachment.is_lost:
+                attachment = self.attach()
+            if len(attachment.pending) >= attachment.max_pending:
+                self._wait_for_room(attachment)
             with self._submitting:
                 room = attachment.max_pending - len(attachment.pending)
                 if attachment.is_lost or room <= 0:
                     continue
-                batch = packed[position : position + min(room, BATCH)]
+                batch = packed[position : position + min(room, BATCH if position else FIRST)]
                 futures += self._call_batch(attachment, task, batch)
             position += len(batch)
         return futures
@@ -435,7 +438,7 @@ class Client:
         """Read answers until the future is done."""
         deadline = None if timeout is None else time.monotonic() + timeout
         reading = attachment.reading
-        nested = reading.is_mine() and attachment.is_settling  # a callback that waits, inside _read
+        nested = attachment.is_settling and reading.is_mine()  # a callback that waits, inside _read
         while not future.done_now():
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if attachment.is_lost:

@@ -107,15 +107,18 @@ class Runner:
 
     def _answer_writes(self, jobs: list[Call]) -> None:
         now = time.perf_counter_ns()
+        ran: list[Call] = []
         for job in jobs:
             session = job.session
             if session is not None:
                 session.queued -= 1
                 if not session.is_open:
                     self._sessions.has_leavers = True
-            elif job.future is not None and job.state is not State.CANCELLED:
-                job.future.settle(job.outcome, job.failure)
-        self.counters[1].ran_all(now, [job for job in jobs if job.state is not State.CANCELLED])
+            if job.state is not State.CANCELLED:
+                ran.append(job)
+                if job.future is not None:
+                    job.future.settle(job.outcome, job.failure)
+        self.counters[1].ran_all(now, ran)
         for _ in self._answers.send():
             audit("strictflow_mp.answer.sent")
 

@@ -282,7 +282,11 @@ class FlowState(MutableMapping[Any, Any]):
         version, birth, payload = found
         if payload is not None:
             value = unpack_frozen(payload)
-            cache.put(key, (version, value, birth, len(payload) + OVERHEAD, route), former)
+            size = len(payload) + OVERHEAD
+            if former is not None and former[3] == size:
+                cache.entries[key] = (version, value, birth, size, route)  # nothing to count
+            else:
+                cache.put(key, (version, value, birth, size, route), former)
             return value
         if former is None or birth != known:
             return self._read_arrays(reader, key, route)

@@ -93,9 +93,12 @@ class Counters:
 
     def ran_all(self, now: int, tasks: list[Any]) -> None:
         """Several tasks were answered at that time; each says when it `arrived` and whether it has a `failure`."""
+        append = self._latencies.append
+        for task in tasks:
+            append(now - task.arrived)
+            if task.failure is not None:
+                self.failed += 1
         self.run += len(tasks)
-        self.failed += len([task for task in tasks if task.failure is not None])
-        self._latencies.extend([now - task.arrived for task in tasks])
 
     def latency(self) -> Latency:
         """Percentiles over the last tasks."""

@@ -37,6 +37,7 @@ TURNS = 6
 
 _LATER = range(TURNS, LEVELS)
 _ROOTS = W_RING + R_ROOT
+_IN_RING = RING - 1
 
 
 def _damaged(name: str) -> ProtocolError:
@@ -113,7 +114,7 @@ class StoreReader:
             if WEAK:
                 read_fence()
             try:
-                pointer = words[_ROOTS + version % RING * RECORD]
+                pointer = words[_ROOTS + (version & _IN_RING) * RECORD]
                 for turn in turns:
                     if pointer & 1 or not pointer:
                         break

@@ -42,6 +42,10 @@ LONG = 1 << 10
 _head = struct.Struct("=5Q")
 
 
+Fields = tuple[int, int, int, int, bytes]
+"""Those of a `Receipt`; a plain tuple is made in half the time."""
+
+
 class Receipt(NamedTuple):
     """A run of tasks and their answer. An empty answer: they took effect, and the answer found no room."""
 
@@ -55,11 +59,6 @@ class Receipt(NamedTuple):
     def last(self) -> int:
         """The seq of the last task."""
         return self.seq + self.tasks - 1
-
-
-def _pack(receipt: Receipt) -> bytes:
-    tenant, number, seq, tasks, answer = receipt
-    return _head.pack(tenant, number, seq, tasks, len(answer)) + answer
 
 
 def _unpack(entry: bytes) -> Receipt:
@@ -144,19 +143,21 @@ class Receipts:
             self.prepare()
         self._former = blocks
 
-    def add(self, receipt: Receipt) -> None:
+    def add(self, receipt: Fields) -> None:
         """Tasks have been answered; their receipt is in the next commit."""
-        due = self._recent.get(receipt.tenant)
+        tenant, number, seq, tasks, answer = receipt
+        due = self._recent.get(tenant)
         if due is None:
-            due = self._recent[receipt.tenant] = {}
-        due[receipt.last] = _pack(receipt)
+            due = self._recent[tenant] = {}
+        due[seq + tasks - 1] = _head.pack(tenant, number, seq, tasks, len(answer)) + answer
 
-    def take_back(self, receipt: Receipt) -> None:
+    def take_back(self, receipt: Fields) -> None:
         """The commit has failed: what was added for it is not so."""
-        due = self._recent[receipt.tenant]
-        del due[receipt.last]
+        tenant, _, seq, tasks, _ = receipt
+        due = self._recent[tenant]
+        del due[seq + tasks - 1]
         if not due:
-            del self._recent[receipt.tenant]
+            del self._recent[tenant]
 
     def acknowledge(self, tenant: int, seq: int) -> None:
         """A process has the answers of its P1 tasks up to *seq*."""
