@@ -14,6 +14,7 @@ import atexit
 import os
 import pickle
 import select
+import sys
 import threading
 import time
 from collections.abc import Iterable
@@ -46,6 +47,8 @@ from .values import pack
 from .wire import Stream
 
 __all__ = ["Client", "client_of"]
+
+audit = sys.audit
 
 ATTACH = 5.0
 """Seconds that a first use waits for a coordinator to appear."""
@@ -101,6 +104,7 @@ class Client:
             except StrictFlowError as error:
                 raise error.of(self.name) from error.__cause__
             self.is_stopped = False
+            audit("strictflow_mp.attach.welcomed")
             self._attachment = attachment
             self.state.bind(attachment.segment, attachment.gate, attachment.reader)
             return attachment
@@ -335,10 +339,13 @@ class Client:
 
     def _submit(self, attachment: Attachment, data: bytes) -> None:
         """Send frames, then raise the flag for the P1 tasks in them. The caller holds `_submitting`."""
+        audit("strictflow_mp.submit.begun")
         self._send(attachment, data)
+        audit("strictflow_mp.submit.sent")
         # If a signal handler raised before this, the frame of the next P1 says how far to count.
         if not attachment.is_lost:
             attachment.gate.raise_flag(attachment.writes)
+        audit("strictflow_mp.submit.counted")
 
     def _send(self, attachment: Attachment, data: bytes) -> None:
         """Send frames that are pending already; if the coordinator has died, the next one gets them with the rest."""
