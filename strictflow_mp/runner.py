@@ -106,6 +106,10 @@ class Runner:
         self._answer_writes(jobs)
 
     def _answer_writes(self, jobs: list[Call]) -> None:
+        for _ in self._answers.send():
+            audit("strictflow_mp.answer.sent")
+        # The rest while they are read.
+        self._burst.tidy()
         now = time.perf_counter_ns()
         ran: list[Call] = []
         for job in jobs:
@@ -119,8 +123,6 @@ class Runner:
                 if job.future is not None:
                     job.future.settle(job.outcome, job.failure)
         self.counters[1].ran_all(now, ran)
-        for _ in self._answers.send():
-            audit("strictflow_mp.answer.sent")
 
     def _run_write(self, job: Call, burst: Burst) -> None:
         function = job.function

@@ -46,6 +46,7 @@ class Burst:
         self._writer = writer
         self._reader = reader
         self._ledger = ledger
+        self._is_tidy = True
         self._begin()
 
     def _begin(self) -> None:
@@ -143,13 +144,21 @@ class Burst:
                 if payload is not None or self._committed(key) is not None
             }
         if changes:
+            self.tidy()
             self._ledger.seal()
             try:
-                self._writer.publish(changes)
+                self._writer.commit(changes)
             except StateFull:
                 self._ledger.revoke()
                 raise
+            self._is_tidy = False
         self._begin()
+
+    def tidy(self) -> None:
+        """Do what a commit leaves to be done, when there is time."""
+        if not self._is_tidy:
+            self._is_tidy = True
+            self._writer.tidy()
 
     def __repr__(self) -> str:
         return f"<Burst on version {self._writer.version}, {len(self._changes)} changes>"
