@@ -48,6 +48,7 @@ class Attachment:
         self.pins = Pins(self.segment, self.slot)
         self.reader = StoreReader(self.segment, self.pins)
         self.pending: dict[int, TaskFuture[Any]] = {}
+        self.watches: set[int] = set()  # those of `pending` that may be answered never
         self.functions: dict[Any, int] = {}
         self.function_frames: list[bytes] = []
         self.unread: deque[int] = deque()  # seqs of P1 tasks, from the oldest that has no answer
@@ -84,6 +85,11 @@ class Attachment:
         """Whether another coordinator serves by now, and waits for what we have no answer to."""
         return bool(self.segment.words[W_RESTARTS] != self.restarts and self.pending)
 
+    @property
+    def room(self) -> int:
+        """How many more tasks may be submitted before answers come."""
+        return self.max_pending - len(self.pending) + len(self.watches)
+
     def settle(self, frame: Frame) -> bool:
         """Settle the futures that a frame answers; whether that should be acknowledged at once.
 
@@ -106,6 +112,8 @@ class Attachment:
                     future.settle(value)
                 future.sent = ()
                 pending.pop(number, None)
+                if self.watches:
+                    self.watches.discard(number)
         else:
             future = pending.get(number)
             if future is None:
@@ -116,6 +124,7 @@ class Attachment:
                 future.settle_cancelled()
             future.sent = ()
             pending.pop(number, None)
+            self.watches.discard(number)
         while unread and unread[0] not in pending:
             self.acked = unread.popleft()
         return is_long and self.acked >= number

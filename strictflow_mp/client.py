@@ -219,10 +219,10 @@ class Client:
             attachment = self._attachment
             if attachment is None or attachment.is_lost:
                 attachment = self.attach()
-            if len(attachment.pending) >= attachment.max_pending:
+            if attachment.room <= 0:
                 self._wait_for_room(attachment)
             with self._submitting:
-                room = attachment.max_pending - len(attachment.pending)
+                room = attachment.room
                 if attachment.is_lost or room <= 0:
                     continue
                 batch = packed[position : position + min(room, BATCH if position else FIRST)]
@@ -271,7 +271,7 @@ class Client:
             attachment = self.attach()
             self._wait_for_room(attachment)
             with self._submitting:
-                if attachment.is_lost or len(attachment.pending) >= attachment.max_pending:
+                if attachment.is_lost or attachment.room <= 0:
                     continue
                 number = attachment.last = attachment.last + 1
                 flag = attachment.writes = attachment.writes + 1
@@ -291,6 +291,13 @@ class Client:
         with self._submitting:
             future = self._question(attachment, kind, *fields)
         return future.result(timeout)
+
+    def watch(self, version: int, keys: tuple[bytes, ...]) -> TaskFuture[Any]:
+        """Ask to be told when one of the keys (none: any) has changed after *version*."""
+        attachment = self.attach()
+        with self._submitting:
+            attachment.watches.add(attachment.last + 1)
+            return self._question(attachment, wire.WATCH, version, keys)
 
     def _question(self, attachment: Attachment, kind: int, *fields: Any) -> TaskFuture[Any]:
         number = attachment.last = attachment.last + 1
@@ -365,9 +372,9 @@ class Client:
 
     def _wait_for_room(self, attachment: Attachment) -> None:
         """Backpressure: wait until fewer than `max_pending` answers are due."""
-        while len(attachment.pending) >= attachment.max_pending and not attachment.is_lost:
+        while attachment.room <= 0 and not attachment.is_lost:
             try:
-                oldest = next(iter(attachment.pending.values()))
+                oldest = next(future for seq, future in attachment.pending.items() if seq not in attachment.watches)
             except (StopIteration, RuntimeError):
                 continue
             self.wait(attachment, oldest, None)

@@ -66,6 +66,7 @@ class Runner:
         self._inside = inside
         self._time_limit = TimeLimit()
         self._answers = Answers(writer.receipts, sessions)
+        self.notices = self._answers.notices
         self._burst = Burst(writer, reader, self._answers)
         self._transaction = Transaction(self._burst)
         self._is_debugging = False

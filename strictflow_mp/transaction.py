@@ -6,7 +6,7 @@ Invariants: a task's changes enter the burst whole or not at all; what a task ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, Protocol
 
 from .errors import StateFull
@@ -37,6 +37,9 @@ class Ledger(Protocol):
 
     def revoke(self) -> None:
         """It does not: there was no room."""
+
+    def committed(self, version: int, keys: Iterable[bytes]) -> None:
+        """It is done, and changed these keys."""
 
 
 class Burst:
@@ -152,6 +155,7 @@ class Burst:
                 self._ledger.revoke()
                 raise
             self._is_tidy = False
+            self._ledger.committed(self._writer.version, changes)
         self._begin()
 
     def tidy(self) -> None:
