@@ -146,7 +146,11 @@ def ultradict() -> Iterator[Work]:
     from UltraDict import UltraDict
 
     shared = UltraDict(
-        {"config": VALUE, "counter": 0}, name=NAME + secrets.token_hex(4), create=True, shared_lock=True, auto_unlink=True
+        {"config": VALUE, "counter": 0},
+        name=NAME + secrets.token_hex(4),
+        create=True,
+        shared_lock=True,
+        auto_unlink=True,
     )
     try:
 
@@ -316,7 +320,9 @@ ALTERNATIVES = (
     Alternative(
         "dirty stash (gunicorn)",
         dirty_stash,
-        Promises("none: get and put are two messages", gate="no", torn="no", crash="workers yes; a killed arbiter loses all"),
+        Promises(
+            "none: get and put are two messages", gate="no", torn="no", crash="workers yes; a killed arbiter loses all"
+        ),
     ),
     Alternative("raw echo (floor)", raw_echo, Promises("nothing is changed", gate="–", torn="–", crash="–")),
 )
