@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -174,14 +175,21 @@ def spin(seconds: float) -> int:
     return at
 
 
+PACKAGES = ("lmdb", "redis", "hiredis", "EasyGlobals", "UltraDict", "sharedbox", "gunicorn", "numpy")
+
+
 def versions() -> dict[str, str]:
-    """The peers on this machine and their versions; "missing" where there is none."""
-    found = {"lmdb": "missing", "redis": "missing", "hiredis": "missing", "redis-server": "missing"}
-    for name in ("lmdb", "redis", "hiredis"):
+    """The peers on this machine and their versions; "missing" where there is none.
+
+    None is imported: some change the process that does.
+    """
+    found = {}
+    for name in PACKAGES:
         try:
-            found[name] = __import__(name).__version__
-        except ImportError:
-            pass
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    found["redis-server"] = "missing"
     if server := shutil.which("redis-server"):
         words = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout.split()
         found["redis-server"] = next((word[2:] for word in words if word.startswith("v=")), "?")
