@@ -301,7 +301,7 @@ ALTERNATIVES = (
         Promises(
             "its lock, get, set",
             gate="no",
-            torn="yes: reads take no lock and check nothing",
+            torn="yes: reads take no lock",
             crash="no: a killed holder keeps the lock",
         ),
         is_apart=True,

@@ -6,6 +6,7 @@ From /proc, so on Linux only: the context switches of every thread, and the nano
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -102,7 +103,8 @@ def wakeups(size: Size) -> Outcome:
     rates = {who: sum(each[who].switches for each in windows) / seconds / len(windows) for who in windows[0]}
     values = [max(1e-9, sum(each.switches for each in one.values()) / seconds) for one in windows]
     rates["one worker"] = rates.pop("workers") / WORKERS
-    return Outcome(values, ", ".join(f"{who} {rate:.2g}/s" for who, rate in rates.items()), note=f"in {seconds:g} s")
+    note = ", ".join(f"{who} {rate:.2g}/s" for who, rate in rates.items())
+    return Outcome(values, f"{statistics.median(values):.3g}/s", note=f"{note}; in {seconds:g} s")
 
 
 @figure(f"time on a core of an idle flow with {WORKERS} idle workers", Bound("≤", 0.5), "%")
@@ -111,5 +113,5 @@ def cpu(size: Size) -> Outcome:
     seconds, windows = _idle(size)
     values = [max(1e-9, 100 * sum(each.seconds for each in one.values()) / seconds) for one in windows]
     worst = {who: max(each[who].seconds for each in windows) / seconds for who in windows[0]}
-    ours = ", ".join(f"{who} {duration(share)}" for who, share in worst.items())
-    return Outcome(values, ours, note="each the most of a window, for each second")
+    note = ", ".join(f"{who} {duration(share)}" for who, share in worst.items())
+    return Outcome(values, f"{statistics.median(values):.2g} %", note=f"{note} each second, at most")

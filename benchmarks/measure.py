@@ -159,9 +159,9 @@ SHARES = (*(share / 100 for share in range(100)), *(1 - 10 ** (-2 - step / 10) f
 
 
 def quantiles(times: list[float]) -> list[float]:
-    """How long at most so many of the operations took, for each of `SHARES`."""
+    """How long at most so many of the operations took, for each of `SHARES` that so few operations can tell."""
     times = sorted(times)
-    return [times[min(len(times) - 1, int(share * len(times)))] for share in SHARES]
+    return [times[int(share * len(times))] for share in SHARES if share <= 1 - 1 / len(times)]
 
 
 @contextmanager

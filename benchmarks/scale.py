@@ -116,8 +116,9 @@ def by_processes(size: Size, *roles: str) -> Outcome:
         "least share": [min(shares[processes]) for processes in size.processes],
         "slowest": [max(longest[processes]) for processes in size.processes],
     }
-    ours = ", ".join(f"{processes}: {statistics.median(rates[processes]):,.0f}/s" for processes in size.processes)
-    return Outcome(values, ours, note=note, series=series)
+    typical = dict(zip(size.processes, series["rate"], strict=True))
+    best = max(size.processes[:-1], key=typical.__getitem__)
+    return Outcome(values, f"{most}: {typical[most]:,.0f}/s", f"{best}: {typical[best]:,.0f}/s", note, series)
 
 
 @figure("gated reads a second by the most processes ÷ best with fewer", Bound("≥", 0.5))

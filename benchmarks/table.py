@@ -135,7 +135,7 @@ def _alternatives(rows: list[Row]) -> list[tuple[str, ...]]:
                 missing = missing or (row.reason if row is not None else "")
                 continue
             outcome = row.outcome
-            known += outcome.series["ours"]
+            known.extend(outcome.series["ours"])
             low, high = number(min(outcome.values)), number(max(outcome.values))
             cells += [
                 duration(statistics.median(outcome.series["peer"])),
