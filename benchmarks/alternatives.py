@@ -209,7 +209,7 @@ def dirty_stash() -> Iterator[Work]:
     """
     _need("gunicorn")
     if not importlib.util.find_spec("gunicorn.dirty"):
-        raise Missing("this gunicorn has no dirty arbiters: pip install 'gunicorn>=25'")
+        raise Missing("a gunicorn with dirty arbiters is not installed: pip install 'gunicorn>=25'")
     from gunicorn.dirty import StashClient, StashError
 
     with tempfile.TemporaryDirectory(prefix=f"{NAME}-stash-", dir="/tmp") as directory:
