@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -210,22 +212,16 @@ def dirty_stash() -> Iterator[Work]:
     _need("gunicorn")
     if not importlib.util.find_spec("gunicorn.dirty"):
         raise Missing("a gunicorn with dirty arbiters is not installed: pip install 'gunicorn>=25'")
-    from gunicorn.dirty import StashClient, StashError
+    from gunicorn.dirty import StashClient
 
     with tempfile.TemporaryDirectory(prefix=f"{NAME}-stash-", dir="/tmp") as directory:
         path = str(Path(directory, "socket"))
         process = multiprocessing.get_context("spawn").Process(target=_arbiter, args=(path,), daemon=True)
         process.start()
         try:
+            _wait_for_arbiter(path, process)
             with StashClient(path) as client:
-                while True:
-                    try:
-                        client.put("bench", "config", VALUE)
-                        break
-                    except StashError:
-                        if not process.is_alive():
-                            raise Missing("gunicorn's dirty arbiter ended at once") from None
-                        time.sleep(0.01)
+                client.put("bench", "config", VALUE)
                 yield lambda: client.get("bench", "config"), None
         finally:
             process.terminate()
@@ -234,6 +230,19 @@ def dirty_stash() -> Iterator[Work]:
                 process.kill()
                 process.join()
             process.close()
+
+
+def _wait_for_arbiter(path: str, process: BaseProcess) -> None:
+    """Its own client would leave a socket open at each try."""
+    while True:
+        with socket.socket(socket.AF_UNIX) as trial:
+            try:
+                trial.connect(path)
+                return
+            except OSError:
+                if not process.is_alive():
+                    raise Missing("gunicorn's dirty arbiter ended at once") from None
+        time.sleep(0.01)
 
 
 def _arbiter(path: str) -> None:

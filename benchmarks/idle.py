@@ -18,6 +18,7 @@ from strictflow_mp import StrictFlow
 from .measure import Bound, Missing, Outcome, Size, duration, figure
 
 WORKERS = 16
+"""Or twice the most processes of the run, if that is less."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def wait(flow: StrictFlow) -> None:
 
 
 @contextmanager
-def sleeping() -> Iterator[tuple[int, list[int]]]:
+def sleeping(workers: int) -> Iterator[tuple[int, list[int]]]:
     """A flow whose workers have read and sleep; the pids of the coordinator and of the workers.
 
     They are started to be started anew when they fail, for a supervisor must cost nothing either.
@@ -61,7 +62,7 @@ def sleeping() -> Iterator[tuple[int, list[int]]]:
         raise Missing("this system has no /proc/PID/schedstat")
     with StrictFlow(state={"config": 1}) as flow:
         coordinator = flow.stats().coordinator_pid
-        group = flow.spawn(wait, flow, processes=WORKERS, restart="on-failure")
+        group = flow.spawn(wait, flow, processes=workers, restart="on-failure")
         try:
             pids = [worker.pid for worker in group]
             while not all(f"worker:{pid}" in flow.state for pid in pids):
@@ -80,7 +81,7 @@ def _idle(size: Size) -> tuple[float, list[dict[str, Effort]]]:
     """
     seconds = size.seconds * 100
     windows = []
-    with sleeping() as (coordinator, pids):
+    with sleeping(min(WORKERS, 2 * size.processes[-1])) as (coordinator, pids):
         me = os.getpid()
 
         def look() -> dict[str, Effort]:
@@ -102,7 +103,6 @@ def wakeups(size: Size) -> Outcome:
     seconds, windows = _idle(size)
     rates = {who: sum(each[who].switches for each in windows) / seconds / len(windows) for who in windows[0]}
     values = [max(1e-9, sum(each.switches for each in one.values()) / seconds) for one in windows]
-    rates["one worker"] = rates.pop("workers") / WORKERS
     note = ", ".join(f"{who} {rate:.2g}/s" for who, rate in rates.items())
     return Outcome(values, f"{statistics.median(values):.3g}/s", note=f"{note}; in {seconds:g} s")
 

@@ -122,16 +122,26 @@ def throughput(pyplot: Any, found: Mapping[str, Series]) -> Any:
         return None
     figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
     panels = (
-        (axes[0], "gated reads, million a second", 1e6, {"scale.readers": "all of them read"}),
-        (axes[1], "P1 tasks, thousand a second", 1e3, {"scale.writers": "all write", "scale.mixed": "half write"}),
+        (axes[0], "gated reads, million a second", 1e6, [("scale.readers", "", "all read")]),
+        (
+            axes[1],
+            "P1 tasks, thousand a second",
+            1e3,
+            [
+                ("scale.writers", "", "all write"),
+                ("scale.mixed", "", "half write, half read"),
+                ("scale.mixed", "echo, ", "floor: half echo, half spin"),
+            ],
+        ),
     )
     for axis, title, unit, lines in panels:
-        for (name, label), colour in zip(lines.items(), COLOURS, strict=False):
+        for (name, prefix, label), colour in zip(lines, (*COLOURS[:2], INK), strict=False):
             series = found.get(name)
             if series is None:
                 continue
             processes = series["processes"]
-            low, rate, high = ([each / unit for each in series[key]] for key in ("lowest rate", "rate", "highest rate"))
+            keys = (prefix + key for key in ("lowest rate", "rate", "highest rate"))
+            low, rate, high = ([each / unit for each in series[key]] for key in keys)
             axis.plot(processes, rate, marker="o", markersize=4, label=label, color=colour)
             axis.fill_between(processes, low, high, alpha=0.2, color=colour, linewidth=0)
             axis.set_xscale("log", base=2)

@@ -8,9 +8,10 @@ throughput that stays level is all there is to be had.
 from __future__ import annotations
 
 import asyncio
+import socket
 import statistics
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import cycle, islice, repeat
 from multiprocessing.connection import Connection
@@ -19,9 +20,12 @@ from time import perf_counter, sleep
 from strictflow_mp import StrictFlow, write
 
 from .measure import Bound, Outcome, Size, child, compare, duration, figure, now
+from .peers import echoes
 from .reads import VALUE
 from .writes import increment
 
+MESSAGE = 40
+"""Bytes of an echo."""
 READS = 50
 """Reads between two looks at the clock."""
 AHEAD = 0.05
@@ -31,29 +35,45 @@ Did = tuple[int, float]
 """In a window: how many operations, and the seconds of the slowest look (`READS` reads, or one P1)."""
 
 
-def taker(connection: Connection, flow: StrictFlow) -> None:
-    """In a child: asked for ("read" or "write", begin, end), do so in that window; answer what it `Did`."""
+def taker(connection: Connection, flow: StrictFlow, sock: socket.socket) -> None:
+    """In a child: asked for (what, begin, end), do that in that window; answer what it `Did`.
+
+    "read" and "write" are ours; their floors are "spin", reads of a dict of its own, and "echo".
+    """
     state = flow.state
     state["config"]
+    private = {"config": VALUE}
     add = write(flow, key="counter")(increment)
     add(0).result()
+    answer = bytearray(MESSAGE)
+
+    def read_each(mapping: Mapping[str, object]) -> None:
+        for _ in repeat(None, READS):
+            mapping["config"]
+
+    def ask() -> None:
+        sock.send(bytes(MESSAGE))
+        sock.recv_into(answer)
+
+    doing: dict[str, tuple[int, Callable[[], object]]] = {
+        "read": (READS, lambda: read_each(state)),
+        "spin": (READS, lambda: read_each(private)),
+        "write": (1, lambda: add(1).result()),
+        "echo": (1, ask),
+    }
     connection.send(None)
     while True:
         try:
             what, begin, end = connection.recv()
         except EOFError:
             return
+        each, do = doing[what]
         while now() < begin:
             sleep(0.0005)
         count, slowest, at = 0, 0, now()
         while at < end:
-            if what == "read":
-                for _ in repeat(None, READS):
-                    state["config"]
-                count += READS
-            else:
-                add(1).result()
-                count += 1
+            do()
+            count += each
             looked = now()
             slowest = max(slowest, looked - at)
             at = looked
@@ -73,71 +93,109 @@ def lasting(size: Size, processes: int) -> float:
     return size.seconds * max(10, processes)
 
 
-def by_processes(size: Size, *roles: str) -> Outcome:
-    """With 1, 2, 4, … processes that take these roles in turn: operations of the first role a second, and the least
-    share that one process had of the mean of its role.
+class Sweep:
+    """What was found with 1, 2, 4, … processes: operations of the first role a second, and who had how much of them."""
 
-    A value is the throughput with the most processes by the best throughput with fewer, of one repetition.
-    """
-    repetitions = min(size.repetitions, 5)
-    rates: dict[int, list[float]] = {}
-    shares: dict[int, list[float]] = {}
-    longest: dict[int, list[float]] = {}
-    with StrictFlow(state={"config": VALUE, "counter": 0}, max_workers=128) as flow, ExitStack() as stack:
+    def __init__(self) -> None:
+        self.rates: dict[int, list[float]] = {}
+        self.shares: dict[int, list[float]] = {}
+        self.longest: dict[int, float] = {}
+
+    def add(self, roles: Sequence[str], did: list[Did], seconds: float) -> None:
+        """Take in a window in which the processes had these roles in turn."""
+        processes = len(did)
+        fair = []
+        for number in range(min(len(roles), processes)):
+            counts = [count for count, _ in did[number :: len(roles)]]
+            fair.append(min(counts) / max(statistics.mean(counts), 1e-9))
+            if not number:
+                self.rates.setdefault(processes, []).append(sum(counts) / seconds)
+        self.shares.setdefault(processes, []).append(min(fair))
+        slowest = max(slowest for _, slowest in did)
+        self.longest[processes] = max(slowest, self.longest.get(processes, 0.0))
+
+    def typical(self) -> dict[int, float]:
+        return {processes: statistics.median(rates) for processes, rates in self.rates.items()}
+
+    def series(self) -> dict[str, list[float]]:
+        return {
+            "processes": [float(processes) for processes in self.rates],
+            "rate": list(self.typical().values()),
+            "lowest rate": [min(rates) for rates in self.rates.values()],
+            "highest rate": [max(rates) for rates in self.rates.values()],
+            "least share": [min(shares) for shares in self.shares.values()],
+            "slowest": list(self.longest.values()),
+        }
+
+    def note(self, processes: int) -> str:
+        share, slowest = min(self.shares[processes]), duration(self.longest[processes])
+        return f"least share of one {share:.2f} of the mean; slowest {slowest}"
+
+
+def by_processes(size: Size, *sets: Sequence[str]) -> list[Sweep]:
+    """A sweep for each set of roles; their windows take turns."""
+    sweeps = [Sweep() for _ in sets]
+    with (
+        StrictFlow(state={"config": VALUE, "counter": 0}, max_workers=128) as flow,
+        echoes(size.processes[-1]) as socks,
+        ExitStack() as stack,
+    ):
         connections: list[Connection] = []
         for processes in size.processes:
             while len(connections) < processes:
-                connections.append(stack.enter_context(child(taker, flow)))
+                connections.append(stack.enter_context(child(taker, flow, socks[len(connections)])))
                 connections[-1].recv()
             seconds = lasting(size, processes)
-            takers = list(zip(connections, islice(cycle(roles), processes), strict=True))
-            window(takers, seconds / 10)
-            for _ in range(repetitions):
-                did = window(takers, seconds)
-                fair = []
-                for role in roles[:processes]:
-                    counts = [count for (count, _), (_, its) in zip(did, takers, strict=True) if its == role]
-                    fair.append(min(counts) / max(statistics.mean(counts), 1e-9))
-                    if role == roles[0]:
-                        rates.setdefault(processes, []).append(sum(counts) / seconds)
-                shares.setdefault(processes, []).append(min(fair))
-                longest.setdefault(processes, []).append(max(slowest for _, slowest in did))
-    most = size.processes[-1]
+            for repetition in range(-1, min(size.repetitions, 5)):
+                for sweep, roles in zip(sweeps, sets, strict=True):
+                    takers = list(zip(connections, islice(cycle(roles), processes), strict=True))
+                    if repetition < 0:
+                        window(takers, seconds / 10)  # attached, and warm
+                    else:
+                        sweep.add(roles, window(takers, seconds), seconds)
+    return sweeps
+
+
+def holds(sweep: Sweep, size: Size) -> Outcome:
+    """The throughput with the most processes by the best with fewer, repetition by repetition."""
+    *fewer, most = size.processes
     values = [
         at_most / max(before)
-        for at_most, *before in zip(rates[most], *(rates[few] for few in size.processes[:-1]), strict=True)
+        for at_most, *before in zip(sweep.rates[most], *(sweep.rates[few] for few in fewer), strict=True)
     ]
-    note = f"least share of one {min(shares[most]):.2f} of the mean; slowest {duration(max(longest[most]))}"
-    series = {
-        "processes": [float(processes) for processes in size.processes],
-        "rate": [statistics.median(rates[processes]) for processes in size.processes],
-        "lowest rate": [min(rates[processes]) for processes in size.processes],
-        "highest rate": [max(rates[processes]) for processes in size.processes],
-        "least share": [min(shares[processes]) for processes in size.processes],
-        "slowest": [max(longest[processes]) for processes in size.processes],
-    }
-    typical = dict(zip(size.processes, series["rate"], strict=True))
-    best = max(size.processes[:-1], key=typical.__getitem__)
-    return Outcome(values, f"{most}: {typical[most]:,.0f}/s", f"{best}: {typical[best]:,.0f}/s", note, series)
+    typical = sweep.typical()
+    best = max(fewer, key=typical.__getitem__)
+    beside = f"{best}: {typical[best]:,.0f}/s"
+    return Outcome(values, f"{most}: {typical[most]:,.0f}/s", beside, sweep.note(most), sweep.series())
 
 
 @figure("gated reads a second by the most processes ÷ best with fewer", Bound("≥", 0.5))
 def readers(size: Size) -> Outcome:
-    """1 to 64 processes read an unchanged value, `by_processes`."""
-    return by_processes(size, "read")
+    """1 to 64 processes read an unchanged value, each as fast as it can."""
+    (sweep,) = by_processes(size, ["read"])
+    return holds(sweep, size)
 
 
 @figure("P1 a second by the most processes ÷ best with fewer", Bound("≥", 0.5))
 def writers(size: Size) -> Outcome:
-    """1 to 64 processes, each with one P1 after the other, waiting for each result, `by_processes`."""
-    return by_processes(size, "write")
+    """1 to 64 processes, each with one P1 after the other, waiting for each result."""
+    (sweep,) = by_processes(size, ["write"])
+    return holds(sweep, size)
 
 
-@figure("P1 a second by the most processes, half of which read ÷ best with fewer", Bound(">", 0))
+@figure("P1 a second by the most processes, half of which read ÷ echoes a second where half spin", Bound(">", 0))
 def mixed(size: Size) -> Outcome:
-    """1 to 64 processes; the first, third, … as `writers`, the others read another key. The P1 tasks are counted; the
-    least share is of either. The readers take the cores from the writers: on few cores much is lost by that alone."""
-    return by_processes(size, "write", "read")
+    """1 to 64 processes; the first, third, … as `writers`, the others as `readers`, of another key.
+
+    The readers keep the cores busy, and that alone costs much where there are few. So beside it: as many processes,
+    half of which send and await an echo of one server, while the others read a dict of their own.
+    """
+    sweep, floor = by_processes(size, ["write", "read"], ["echo", "spin"])
+    most = size.processes[-1]
+    values = [ours / theirs for ours, theirs in zip(sweep.rates[most], floor.rates[most], strict=True)]
+    series = sweep.series() | {f"echo, {name}": points for name, points in floor.series().items()}
+    ours, theirs = sweep.typical()[most], floor.typical()[most]
+    return Outcome(values, f"{most}: {ours:,.0f}/s", f"echo {theirs:,.0f}/s", sweep.note(most), series)
 
 
 @figure("least share of one of many processes, of the mean", Bound(">", 0))
@@ -149,7 +207,8 @@ def starved(size: Size) -> Outcome:
     most = size.processes[-1]
     seconds = lasting(size, most)
     with StrictFlow(state={"config": VALUE, "counter": 0}, max_workers=128) as flow, ExitStack() as stack:
-        connections = [stack.enter_context(child(taker, flow)) for _ in range(most)]
+        socks = stack.enter_context(echoes(most))  # not used here
+        connections = [stack.enter_context(child(taker, flow, sock)) for sock in socks]
         for connection in connections:
             connection.recv()
         values, slowest = [], 0.0

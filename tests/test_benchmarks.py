@@ -150,8 +150,8 @@ def alternative_rows():
 
 def test_alternatives_stand_side_by_side_with_what_they_do_not_do():
     lines = render(alternative_rows(), {}).splitlines()
-    assert lines[1].split()[:3] == ["alternative", "read", "÷"]
-    ours, manager, ultradict = (" ".join(line.split()) for line in lines[3:])
+    assert lines[2].split()[:3] == ["alternative", "read", "÷"]
+    ours, manager, ultradict = (" ".join(line.split()) for line in lines[4:])
     assert ours.startswith("strictflow-mp 1 µs 1 – 1 a P1 task")
     assert manager.startswith("Manager 4 µs 5 × (4 … 6) – – RLock, get, set no no no: a killed holder")
     assert ultradict.startswith("UltraDict – – – – skipped: UltraDict is not installed no yes")
