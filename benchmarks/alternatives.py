@@ -176,7 +176,11 @@ def sharedbox() -> Iterator[Work]:
     from typing import Annotated
 
     import numpy as np
-    from sharedbox import Capacity, DType, Shape, SharedBox
+
+    try:
+        from sharedbox import Capacity, DType, Shape, SharedBox
+    except ImportError:
+        raise Missing("a sharedbox with arrays is not installed: pip install 'sharedbox>=0.6'") from None
 
     def box(label: str, **fields: Any) -> Any:
         return type(SharedBox)(label, (SharedBox,), {"__module__": __name__, "__annotations__": fields})

@@ -154,7 +154,7 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g} s"
 
 
-SHARES = (*(share / 100 for share in range(100)), *(1 - 10 ** (-2 - step / 10) for step in range(31)))
+SHARES = (*(share / 100 for share in range(0, 100, 2)), *(1 - 10 ** (-2 - step / 10) for step in range(31)))
 """Of the operations: evenly up to 99 %, then more and more closely up to 99.999 %."""
 
 

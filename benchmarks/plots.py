@@ -27,6 +27,7 @@ STYLE = {
     "axes.spines.top": False,
     "axes.titlesize": 11,
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.12,
     "font.family": "sans-serif",
     "font.size": 10,
     "grid.alpha": 0.25,
@@ -120,13 +121,13 @@ def throughput(pyplot: Any, found: Mapping[str, Series]) -> Any:
     """Operations a second by number of processes; the band is from the lowest to the highest repetition."""
     if "scale.readers" not in found and "scale.writers" not in found:
         return None
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6))
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4))
     panels = (
         (axes[0], "gated reads, million a second", 1e6, [("scale.readers", "", "all read")]),
         (
             axes[1],
-            "P1 tasks, thousand a second",
-            1e3,
+            "P1 tasks a second",
+            1,
             [
                 ("scale.writers", "", "all write"),
                 ("scale.mixed", "", "half write, half read"),
@@ -147,11 +148,14 @@ def throughput(pyplot: Any, found: Mapping[str, Series]) -> Any:
             axis.set_xscale("log", base=2)
             axis.set_xticks(processes, [f"{each:.0f}" for each in processes])
         axis.minorticks_off()
-        axis.set_ylim(bottom=0)
+        if len(lines) > 1:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:,g}")
+        else:
+            axis.set_ylim(bottom=0)
         axis.set_title(title)
         axis.set_xlabel("processes")
-        if len(lines) > 1:
-            axis.legend()
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return figure
 
 

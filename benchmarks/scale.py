@@ -156,7 +156,7 @@ def by_processes(size: Size, *sets: Sequence[str]) -> list[Sweep]:
     return sweeps
 
 
-def holds(sweep: Sweep, size: Size) -> Outcome:
+def holds(sweep: Sweep, size: Size, floor: Sweep | None = None) -> Outcome:
     """The throughput with the most processes by the best with fewer, repetition by repetition."""
     *fewer, most = size.processes
     values = [
@@ -166,7 +166,11 @@ def holds(sweep: Sweep, size: Size) -> Outcome:
     typical = sweep.typical()
     best = max(fewer, key=typical.__getitem__)
     beside = f"{best}: {typical[best]:,.0f}/s"
-    return Outcome(values, f"{most}: {typical[most]:,.0f}/s", beside, sweep.note(most), sweep.series())
+    note, series = sweep.note(most), sweep.series()
+    if floor is not None:
+        note += f"; {floor.typical()[most]:,.0f} echoes/s by as many"
+        series |= {f"echo, {name}": points for name, points in floor.series().items()}
+    return Outcome(values, f"{most}: {typical[most]:,.0f}/s", beside, note, series)
 
 
 @figure("gated reads a second by the most processes ÷ best with fewer", Bound("≥", 0.5))
@@ -178,9 +182,12 @@ def readers(size: Size) -> Outcome:
 
 @figure("P1 a second by the most processes ÷ best with fewer", Bound("≥", 0.5))
 def writers(size: Size) -> Outcome:
-    """1 to 64 processes, each with one P1 after the other, waiting for each result."""
-    (sweep,) = by_processes(size, ["write"])
-    return holds(sweep, size)
+    """1 to 64 processes, each with one P1 after the other, waiting for each result.
+
+    The note has the floor: as many processes that await echoes of one server.
+    """
+    sweep, floor = by_processes(size, ["write"], ["echo"])
+    return holds(sweep, size, floor)
 
 
 @figure("P1 a second by the most processes, half of which read ÷ echoes a second where half spin", Bound(">", 0))
