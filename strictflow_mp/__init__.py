@@ -28,10 +28,12 @@ from .frozen import FrozenDict, FrozenList, FrozenSet
 from .future import TaskFuture
 from .state import Snapshot
 from .tasks import Task, read, write
+from .watch import Change, Watch
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Change",
     "CoordinatorLost",
     "FlowExists",
     "FlowNotRunning",
@@ -53,6 +55,7 @@ __all__ = [
     "TaskFuture",
     "TaskTimeout",
     "TooManyWorkers",
+    "Watch",
     "read",
     "setup_logging",
     "write",

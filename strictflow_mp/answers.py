@@ -9,8 +9,11 @@ If we die here: what was not sealed ahead of a commit has not happened; what was
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from . import wire
-from .jobs import Call
+from .jobs import NOTHING, Call
+from .notices import Notices
 from .sessions import Session, Sessions
 from .store import Receipts
 
@@ -27,6 +30,7 @@ class Answers:
         self._sealing: list[Call] = []
         self._written: list[tuple[int, int, int, int, bytes]] = []
         self._frames: list[tuple[Session, bytes]] = []
+        self.notices: Notices[Session] = Notices()
         self._sealed_frames = 0  # of `_frames`, those that were there before the last seal
 
     def add(self, call: Call) -> None:
@@ -81,11 +85,18 @@ class Answers:
         del self._frames[self._sealed_frames :]
         self.unsealed = self._sealing + self.unsealed
 
+    def committed(self, version: int, keys: Iterable[bytes]) -> None:
+        """A version was committed that changed these keys."""
+        self.notices.committed(version, keys)
+
     def send(self) -> list[bytes]:
         """Answer all; return what was sent, a portion for each process."""
         if self.unsealed:
             self.seal()
         frames, self._frames = self._frames, []
+        frames += [
+            (session, wire.pack_frame(wire.RESULT, number, (NOTHING,))) for session, number in self.notices.due()
+        ]
         portions: dict[Session, bytes] = {}
         for session, frame in frames:
             portions[session] = portions[session] + frame if session in portions else frame

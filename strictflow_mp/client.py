@@ -14,41 +14,41 @@ import atexit
 import os
 import pickle
 import select
-import struct
+import sys
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import posix_ipc
 
 from . import functions, wire
 from .arguments import pack_arguments
+from .attachment import Attachment
 from .connection import reach, try_to_reach
 from .core import logger
 from .errors import (
     FAULTS,
-    CoordinatorLost,
     FlowNotRunning,
     GateTimeout,
     ProtocolError,
     SerializationError,
     StrictFlowError,
 )
-from .failures import unpack_failure
 from .future import TaskFuture
-from .gate import Gate
-from .processes import Identity
+from .lost import Reason, gone, settle_all
 from .rendezvous import Place
-from .segment import PREFIX, W_RESTARTS, Segment
+from .segment import PREFIX, W_RESTARTS
 from .state import FlowState
-from .store import Pins, StoreReader, read_receipts
+from .store import StoreReader
 from .turn import Turn
-from .values import pack, unpack
-from .wire import Frame, Stream, unpack_frame
+from .values import pack
+from .wire import Stream
 
 __all__ = ["Client", "client_of"]
+
+audit = sys.audit
 
 ATTACH = 5.0
 """Seconds that a first use waits for a coordinator to appear."""
@@ -59,66 +59,8 @@ EXPELLED = 0.5
 RETRY = 0.005
 FIRST, BATCH = 16, 128
 """Calls in the first frame of several, and in the others: the coordinator begins while the rest is on its way."""
-LONG = 1 << 16
-"""Bytes of an answer that is acknowledged at once, so that the coordinator need not keep it."""
 SLICE = 0.05
 """Seconds after which a thread that waits for another thread's reading looks for itself."""
-
-
-class Attachment:
-    """One connection: stream, slot, mapped segment, and the answers that are due."""
-
-    def __init__(self, client: Client, stream: Stream, welcome: dict[str, Any]) -> None:
-        self.flow = client.name
-        self.port = _Port(client, self)
-        self.stream = stream
-        self.slot: int = welcome["slot"]
-        self.tenant: int = welcome["tenant"]
-        self.max_pending: int = welcome["max_pending"]
-        self.gate_timeout: float = welcome["gate_timeout"]
-        self.segment = Segment.open(welcome["segment"])
-        self.gate = Gate(self.segment, self.slot, posix_ipc.Semaphore(welcome["semaphore"]))
-        self.pins = Pins(self.segment, self.slot)
-        self.reader = StoreReader(self.segment, self.pins)
-        self.pending: dict[int, TaskFuture[Any]] = {}
-        self.functions: dict[Any, int] = {}
-        self.function_frames: list[bytes] = []
-        self.unread: deque[int] = deque()  # seqs of P1 tasks, from the oldest that has no answer
-        self.acked = 0  # every P1 task up to this seq has its answer
-        self.last = 0
-        self.writes = self.gate.last
-        self.reading = Turn(Client.wait.__code__, Client._serve.__code__)
-        self.is_settling = False  # the reading thread runs callbacks
-        self.server: threading.Thread | None = None
-        self.is_lost = False
-        self.dead_since: float | None = None
-        self.is_served_by(welcome)
-
-    def is_served_by(self, welcome: dict[str, Any]) -> None:
-        """A coordinator has taken us, or taken us back."""
-        self.coordinator: int = welcome["pid"]
-        owner = welcome["owner"]
-        self.owner = Identity(*owner) if owner is not None else None  # who would restart it
-        self.restarts: int = welcome["restarts"]  # by its own word: yet another one may have taken over since
-        self.dead_since = None
-
-    @property
-    def first_unfinished(self) -> int:
-        """The number of our first P1 that has no answer; 0 if there is none."""
-        for seq in list(self.unread):
-            future = self.pending.get(seq)
-            sent = future.sent if future is not None else ()
-            if sent:
-                return int(sent[-2])
-        return 0
-
-    @property
-    def is_outdated(self) -> bool:
-        """Whether another coordinator serves by now, and waits for what we have no answer to."""
-        return bool(self.segment.words[W_RESTARTS] != self.restarts and self.pending)
-
-    def __repr__(self) -> str:
-        return f"<Attachment to {self.flow!r} in slot {self.slot}, {len(self.pending)} answers due>"
 
 
 class Client:
@@ -154,13 +96,15 @@ class Client:
             try:
                 stream, welcome = reach(self.name, 0.0 if self.is_stopped else timeout)
                 try:
-                    attachment = Attachment(self, stream, welcome)
+                    reading = Turn(Client.wait.__code__, Client._serve.__code__)
+                    attachment = Attachment(self.name, stream, welcome, partial(_Port, self), reading)
                 except (OSError, KeyError, posix_ipc.Error) as error:
                     stream.close()
                     raise FlowNotRunning(f"it ended while this process attached ({error!r})") from error
             except StrictFlowError as error:
                 raise error.of(self.name) from error.__cause__
             self.is_stopped = False
+            audit("strictflow_mp.attach.welcomed")
             self._attachment = attachment
             self.state.bind(attachment.segment, attachment.gate, attachment.reader)
             return attachment
@@ -244,7 +188,7 @@ class Client:
             return self.attach()
         except FlowNotRunning:
             if condemned:
-                raise self._gone(attachment) from None
+                raise gone(attachment) from None
             raise FlowNotRunning("it has been stopped", flow=self.name) from None
 
     def _check(self, attachment: Attachment, deadline: float) -> None:
@@ -258,14 +202,7 @@ class Client:
         elif not attachment.is_lost and not self._may_return(attachment):
             self._lose(attachment)
         if attachment.is_lost and not attachment.gate.is_stopped():
-            raise self._gone(attachment)
-
-    def _gone(self, attachment: Attachment) -> CoordinatorLost:
-        return CoordinatorLost(
-            f"the coordinator (pid {attachment.coordinator}) died, and no other has come; the last commit stands, and "
-            "the next start under this name goes on from it",
-            flow=self.name,
-        )
+            raise gone(attachment)
 
     @staticmethod
     def _deadline(timeout: float | None) -> float | None:
@@ -282,10 +219,10 @@ class Client:
             attachment = self._attachment
             if attachment is None or attachment.is_lost:
                 attachment = self.attach()
-            if len(attachment.pending) >= attachment.max_pending:
+            if attachment.room <= 0:
                 self._wait_for_room(attachment)
             with self._submitting:
-                room = attachment.max_pending - len(attachment.pending)
+                room = attachment.room
                 if attachment.is_lost or room <= 0:
                     continue
                 batch = packed[position : position + min(room, BATCH if position else FIRST)]
@@ -334,7 +271,7 @@ class Client:
             attachment = self.attach()
             self._wait_for_room(attachment)
             with self._submitting:
-                if attachment.is_lost or len(attachment.pending) >= attachment.max_pending:
+                if attachment.is_lost or attachment.room <= 0:
                     continue
                 number = attachment.last = attachment.last + 1
                 flag = attachment.writes = attachment.writes + 1
@@ -354,6 +291,13 @@ class Client:
         with self._submitting:
             future = self._question(attachment, kind, *fields)
         return future.result(timeout)
+
+    def watch(self, version: int, keys: tuple[bytes, ...]) -> TaskFuture[Any]:
+        """Ask to be told when one of the keys (none: any) has changed after *version*."""
+        attachment = self.attach()
+        with self._submitting:
+            attachment.watches.add(attachment.last + 1)
+            return self._question(attachment, wire.WATCH, version, keys)
 
     def _question(self, attachment: Attachment, kind: int, *fields: Any) -> TaskFuture[Any]:
         number = attachment.last = attachment.last + 1
@@ -402,10 +346,13 @@ class Client:
 
     def _submit(self, attachment: Attachment, data: bytes) -> None:
         """Send frames, then raise the flag for the P1 tasks in them. The caller holds `_submitting`."""
+        audit("strictflow_mp.submit.begun")
         self._send(attachment, data)
+        audit("strictflow_mp.submit.sent")
         # If a signal handler raised before this, the frame of the next P1 says how far to count.
         if not attachment.is_lost:
             attachment.gate.raise_flag(attachment.writes)
+        audit("strictflow_mp.submit.counted")
 
     def _send(self, attachment: Attachment, data: bytes) -> None:
         """Send frames that are pending already; if the coordinator has died, the next one gets them with the rest."""
@@ -425,9 +372,9 @@ class Client:
 
     def _wait_for_room(self, attachment: Attachment) -> None:
         """Backpressure: wait until fewer than `max_pending` answers are due."""
-        while len(attachment.pending) >= attachment.max_pending and not attachment.is_lost:
+        while attachment.room <= 0 and not attachment.is_lost:
             try:
-                oldest = next(iter(attachment.pending.values()))
+                oldest = next(future for seq, future in attachment.pending.items() if seq not in attachment.watches)
             except (StopIteration, RuntimeError):
                 continue
             self.wait(attachment, oldest, None)
@@ -442,7 +389,7 @@ class Client:
         while not future.done_now():
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if attachment.is_lost:
-                self._settle(attachment)
+                settle_all(attachment)
                 return
             if nested or (attachment.server is None and reading.take()):
                 try:
@@ -488,48 +435,16 @@ class Client:
             frame = inbox[0]
             attachment.is_settling = True
             try:
-                self._settle_one(attachment, frame)
+                if attachment.settle(frame):
+                    with self._submitting:
+                        if not attachment.is_lost:
+                            attachment.stream.send(wire.pack_frame(wire.ACK, attachment.acked))
             finally:
                 attachment.is_settling = False
             if inbox and inbox[0] is frame:  # else a callback has waited, and read on
                 inbox.popleft()
         if not is_open:
             self._come_back(attachment, stream, self._deadline(timeout))
-
-    def _settle_one(self, attachment: Attachment, frame: Frame) -> None:
-        kind, number = frame[0], frame[1]
-        pending, unread = attachment.pending, attachment.unread
-        is_long = False
-        if kind == wire.RESULT:
-            for number, payload in enumerate(frame[2], number):  # noqa: B020  the last one's is needed
-                future = pending.get(number)
-                if future is None:
-                    continue
-                is_long = is_long or len(payload) > LONG
-                try:
-                    value = unpack(payload)
-                except StrictFlowError as error:
-                    future.settle(error=error)
-                else:
-                    future.settle(value)
-                future.sent = ()
-                pending.pop(number, None)
-        else:
-            future = pending.get(number)
-            if future is None:
-                return
-            if kind == wire.FAILURE:
-                future.settle(error=unpack_failure(frame[2], frame[3], flow=self.name))
-            elif kind == wire.CANCELLED:
-                future.settle_cancelled()
-            future.sent = ()
-            pending.pop(number, None)
-        while unread and unread[0] not in pending:
-            attachment.acked = unread.popleft()
-        if is_long and attachment.acked >= number:
-            with self._submitting:
-                if not attachment.is_lost:
-                    attachment.stream.send(wire.pack_frame(wire.ACK, attachment.acked))
 
     def serve(self, attachment: Attachment) -> None:
         """Read answers in the background from now on."""
@@ -628,69 +543,13 @@ class Client:
         logger.info("flow %r: came back to pid %d with %d tasks", self.name, attachment.coordinator, len(again))
         return True
 
-    def _lose(self, attachment: Attachment, reason: Callable[[TaskFuture[Any]], Exception] | None = None) -> None:
+    def _lose(self, attachment: Attachment, reason: Reason | None = None) -> None:
         attachment.is_lost = True
         if self._attachment is attachment:
             self.state.unbind()
-        self._settle(attachment, reason)
+        settle_all(attachment, reason)
         attachment.stream.close()
         attachment.gate.release()
-
-    def _settle(self, attachment: Attachment, reason: Callable[[TaskFuture[Any]], Exception] | None = None) -> None:
-        if reason is None and attachment.pending:
-            stopped = attachment.gate.is_stopped() and not attachment.gate.is_condemned()
-            reason = self._stopped if stopped else self._lost
-            if not stopped and not Place.of(self.name).is_inhabited():
-                self._settle_from_receipts(attachment)
-                reason = self._not_executed
-        while attachment.pending:
-            try:
-                _, future = attachment.pending.popitem()
-            except KeyError:
-                return
-            assert reason is not None
-            future.settle(error=reason(future))
-
-    def _settle_from_receipts(self, attachment: Attachment) -> None:
-        """Nobody commits any more, so the last commit's receipts say what became of our tasks."""
-        try:
-            receipts = read_receipts(attachment.segment)
-        except (IndexError, struct.error):
-            return
-        for receipt in receipts:
-            if receipt.tenant != attachment.tenant:
-                continue
-            if receipt.answer:
-                self._settle_one(attachment, unpack_frame(receipt.answer))
-                continue
-            for number in range(receipt.seq, receipt.last + 1):
-                future = attachment.pending.pop(number, None)
-                if future is not None:
-                    future.settle(error=self._executed(future))
-
-    def _executed(self, future: TaskFuture[Any]) -> Exception:
-        return CoordinatorLost(
-            f"{future.label}() was executed and committed, but its result is lost: the coordinator died, and no other "
-            "has come",
-            flow=self.name,
-        )
-
-    def _not_executed(self, future: TaskFuture[Any]) -> Exception:
-        return CoordinatorLost(
-            f"{future.label}() was not executed: the coordinator died before it committed it, and no other has come; "
-            "what it did outside the state may have happened",
-            flow=self.name,
-        )
-
-    def _lost(self, future: TaskFuture[Any]) -> Exception:
-        return CoordinatorLost(
-            f"the coordinator closed the connection before it answered {future.label}(); whether that ran is unknown: "
-            "look at the state before you submit it again",
-            flow=self.name,
-        )
-
-    def _stopped(self, future: TaskFuture[Any]) -> Exception:
-        return FlowNotRunning(f"it was stopped before {future.label}() ran", flow=self.name)
 
     def __repr__(self) -> str:
         return f"<Client of {self.name!r}, {self._attachment or 'not attached'}>"

@@ -15,6 +15,7 @@ from .future import TaskFuture
 from .owner import Owner, ask_to_stop
 from .rendezvous import Place
 from .state import Snapshot, pack_changes, pack_deletes
+from .watch import Watch
 from .wire import STATS
 
 if TYPE_CHECKING:
@@ -221,6 +222,22 @@ class StrictFlow:
             if default is _MISSING:
                 raise
             return default
+
+    def watch(self, *keys: Any) -> Watch:
+        """Iterate over the changes of these keys, or of all, from now on: ``for`` and ``async for``.
+
+        Yields `Change(version, key, value)`. Nothing is polled, no wake-up is lost, and the latest value of a key is
+        always yielded, however late one looks and whether or not the coordinator was restarted meanwhile. The
+        iteration ends when the flow is stopped or the watch is closed. Without keys, a watch keeps the keys of the
+        state in memory, to find out which are deleted.
+
+        Raises:
+            FlowNotRunning: no coordinator serves the flow.
+            CoordinatorLost: it died, and no other came (from the iteration).
+        """
+        if self._inside is not None:
+            raise StrictFlowError("a task cannot watch the state: it would wait inside SF-LOOP", flow=self.name)
+        return Watch(self._client, keys)
 
     def put(self, key: Any, value: Any) -> TaskFuture[None]:
         """Submit a P1 that sets a key."""

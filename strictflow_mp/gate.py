@@ -197,6 +197,7 @@ class Gate:
         try:
             # The waiting word before the second look at finished[] (store-load).
             fence()
+            sys.audit("strictflow_mp.wait.marked")
             while not _reached(self.finished, behind) and not self.is_stopped():
                 left = SLICE if deadline is None else min(SLICE, deadline - time.monotonic())
                 if left <= 0:

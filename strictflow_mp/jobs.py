@@ -12,9 +12,10 @@ from .sessions import Session
 from .transaction import Changes, path_of
 from .values import pack, unpack_key
 
-__all__ = ["Broken", "Call", "Function", "pack_result"]
+__all__ = ["NOTHING", "Broken", "Call", "Function", "pack_result"]
 
-_NONE = pack(None)
+NOTHING = pack(None)
+"""What most P1 tasks return, packed."""
 
 
 class Function:
@@ -51,7 +52,7 @@ class Call(Job):
     """A call of a function, or a ready-made P1 (then `function` is None)."""
 
     # Set in the few that need them: a call is made for each task.
-    payload = _NONE
+    payload = NOTHING
     """What it returned, packed."""
     answer = b""
     """The frame that answers it, if it is no run's."""
@@ -98,4 +99,4 @@ def pack_result(result: Any, call: Call) -> bytes:
     Raises:
         SerializationError: it cannot travel; names the task.
     """
-    return _NONE if result is None else pack(result, f"result of {call.name}()")
+    return NOTHING if result is None else pack(result, f"result of {call.name}()")

@@ -7,6 +7,7 @@ all while a coordinator lives.
 from __future__ import annotations
 
 import os
+import sys
 
 from . import segment
 from .errors import FlowExists
@@ -49,17 +50,20 @@ def remove(token: str) -> list[str]:
         # Who is still attached must not go on reading a state that nobody changes any more.
         condemn(opened, token)
         opened.close()
+        sys.audit("strictflow_mp.clean.condemned")
     except Exception:
         slots = 1 << 10  # damaged: its semaphores may have any number that we would give
     for slot in range(slots):
         try:
             posix_ipc.unlink_semaphore(semaphore_name(token, slot))
             removed.append(semaphore_name(token, slot))
+            sys.audit("strictflow_mp.clean.semaphore")
         except posix_ipc.ExistentialError:
             pass
     if os.path.exists(f"/dev/shm/{name}"):
         removed.append("/" + name)
     segment.unlink(name)
+    sys.audit("strictflow_mp.clean.unlinked")
     return removed
 
 

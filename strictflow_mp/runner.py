@@ -66,6 +66,7 @@ class Runner:
         self._inside = inside
         self._time_limit = TimeLimit()
         self._answers = Answers(writer.receipts, sessions)
+        self.notices = self._answers.notices
         self._burst = Burst(writer, reader, self._answers)
         self._transaction = Transaction(self._burst)
         self._is_debugging = False
@@ -106,6 +107,10 @@ class Runner:
         self._answer_writes(jobs)
 
     def _answer_writes(self, jobs: list[Call]) -> None:
+        for _ in self._answers.send():
+            audit("strictflow_mp.answer.sent")
+        # The rest while they are read.
+        self._burst.tidy()
         now = time.perf_counter_ns()
         ran: list[Call] = []
         for job in jobs:
@@ -119,8 +124,6 @@ class Runner:
                 if job.future is not None:
                     job.future.settle(job.outcome, job.failure)
         self.counters[1].ran_all(now, ran)
-        for _ in self._answers.send():
-            audit("strictflow_mp.answer.sent")
 
     def _run_write(self, job: Call, burst: Burst) -> None:
         function = job.function

@@ -83,6 +83,7 @@ class SFLoop:
         self.stepper = stepper = Stepper(sessions.epoll.fileno())
         self.inside = inside = Inside(name, writer, reader, gate, scheduler, stepper, report, task_timeout)
         self.runner = Runner(name, writer, reader, gate, sessions, marker, scheduler, stepper, inside)
+        self._writer = writer
         self._receipts = writer.receipts
         self._max_pending = max_pending
         self._marker = marker
@@ -147,6 +148,7 @@ class SFLoop:
             sessions.admit(self.scheduler.withdraw)
         if sessions.has_leavers:
             sessions.reclaim()
+            self.runner.notices.keep(lambda session: session.is_open)
 
     def _look_for_writes(self) -> bool:
         """Before a P2 goes on: is a P1 queued? Its frame may still be in its pipe, but its flag is up."""
@@ -194,10 +196,11 @@ class SFLoop:
             job = self.scheduler.cancel(session.slot, frame[2])
             if job is not None and job.priority == 2:
                 session.queued -= 1
-            if job is None:
+            is_back = job is not None or self.runner.notices.drop(session, frame[2])
+            if not is_back:
                 self.runner.cancel_async(session.slot, frame[2])
-            self._reply(session, frame[1], job is not None)
-            if job is not None:
+            self._reply(session, frame[1], is_back)
+            if is_back:
                 self.sessions.send(session, wire.pack_frame(wire.CANCELLED, frame[2]))
         elif kind == wire.STATS:
             wire.check_fields(frame, int)
@@ -212,11 +215,22 @@ class SFLoop:
         elif kind == wire.ACK:
             wire.check_fields(frame, int)
             self._receipts.acknowledge(session.tenant, frame[1])
+        elif kind == wire.WATCH:
+            wire.check_fields(frame, int, int, tuple)
+            self._watch(session, *frame[1:])
         elif kind == wire.GOODBYE:
             session.said_goodbye = True
             self.sessions.close(session)
         else:
             raise ProtocolError(f"frames of kind {kind} are not known")
+
+    def _watch(self, session: Session, number: int, version: int, keys: tuple[Any, ...]) -> None:
+        if not all(type(key) is bytes and key for key in keys):
+            raise ProtocolError("the keys of a watch are not packed")
+        notices = self.runner.notices
+        notices.wait(session, number, version, keys, self._writer.version)
+        for waiting, asked in notices.due():
+            self._reply(waiting, asked, None)
 
     def _reply(self, session: Session, number: int, value: Any) -> None:
         """Answer a question."""

@@ -6,7 +6,7 @@ Invariants: a task's changes enter the burst whole or not at all; what a task ta
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterable, Iterator, MutableMapping
 from typing import Any, Protocol
 
 from .errors import StateFull
@@ -38,6 +38,9 @@ class Ledger(Protocol):
     def revoke(self) -> None:
         """It does not: there was no room."""
 
+    def committed(self, version: int, keys: Iterable[bytes]) -> None:
+        """It is done, and changed these keys."""
+
 
 class Burst:
     """The changes of the P1 tasks that are published together."""
@@ -46,6 +49,7 @@ class Burst:
         self._writer = writer
         self._reader = reader
         self._ledger = ledger
+        self._is_tidy = True
         self._begin()
 
     def _begin(self) -> None:
@@ -143,13 +147,22 @@ class Burst:
                 if payload is not None or self._committed(key) is not None
             }
         if changes:
+            self.tidy()
             self._ledger.seal()
             try:
-                self._writer.publish(changes)
+                self._writer.commit(changes)
             except StateFull:
                 self._ledger.revoke()
                 raise
+            self._is_tidy = False
+            self._ledger.committed(self._writer.version, changes)
         self._begin()
+
+    def tidy(self) -> None:
+        """Do what a commit leaves to be done, when there is time."""
+        if not self._is_tidy:
+            self._is_tidy = True
+            self._writer.tidy()
 
     def __repr__(self) -> str:
         return f"<Burst on version {self._writer.version}, {len(self._changes)} changes>"

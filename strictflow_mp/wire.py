@@ -13,6 +13,7 @@ Client to coordinator::
     [CANCEL, seq, other]               asks whether task `other` is still to be had back
     [STATS, seq]
     [STOP, seq, drain]
+    [WATCH, seq, version, [key, ...]]  asks to be told when one of the keys (none: any) has changed after that version
     [GOODBYE]                          the client will not touch its slot again
 
 `flag` is the number in its slot (`gate`) of a P1, or of the first of several; 0 for a P2. After the coordinator's
@@ -54,7 +55,7 @@ MAX_FRAME = 1 << 30
 MAX_FIELDS = 1 << 19
 """Fields in a frame, or changes in a put, at most: what is announced is set aside before it comes."""
 
-FUNCTION, CALL, PUT, CANCEL, STATS, STOP, GOODBYE, ACK, COUNT = range(1, 10)
+FUNCTION, CALL, PUT, CANCEL, STATS, STOP, GOODBYE, ACK, COUNT, WATCH = range(1, 11)
 RESULT, FAILURE, CANCELLED, REFUSED = range(1, 5)
 
 RECEIVE = 1 << 18

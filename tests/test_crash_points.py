@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +23,7 @@ from leaks import SHARED
 
 from strictflow_mp import FlowNotRunning, StrictFlow, StrictFlowError, TaskCrashed, TaskFuture, client, owner, write
 from strictflow_mp.segment import Segment
-from strictflow_mp.store import Pins, StoreReader
+from strictflow_mp.store import PinnedVersions, Pins, StoreReader
 from strictflow_mp.values import pack_key, unpack
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +39,10 @@ EVENTS = {
     "function.marked": "sfloop.SFLoop._learn",
     "task.marked": "runner.Runner._run_write",
     "burst.ran": "runner.Runner.run_burst",
-    "commit.built": "store.commit.StoreWriter.publish",
-    "commit.horizon": "store.commit.StoreWriter.publish",
-    "commit.recorded": "store.commit.StoreWriter.publish",
-    "commit.flipped": "store.commit.StoreWriter.publish",
+    "commit.built": "store.commit.StoreWriter.commit",
+    "commit.horizon": "store.commit.StoreWriter.commit",
+    "commit.recorded": "store.commit.StoreWriter.commit",
+    "commit.flipped": "store.commit.StoreWriter.commit",
     "gate.finished": "gate.GateKeeper.finish",
     "answer.sent": "runner.Runner._answer_writes",
     "reclaim.horizon": "store.commit.StoreWriter._reclaim",
@@ -58,6 +60,15 @@ EVENTS = {
     "stop.stopped": "coordinator.Coordinator.run",
     "stop.closed": "coordinator.Coordinator._remove",
     "stop.unlinked": "coordinator.Coordinator._remove",
+    "attach.welcomed": "client.Client.attach",
+    "submit.begun": "client.Client._submit",
+    "submit.sent": "client.Client._submit",
+    "submit.counted": "client.Client._submit",
+    "wait.marked": "gate.Gate._lead",
+    "pin.stored": "store.pins.Pins._acquire",
+    "clean.condemned": "leftovers.remove",
+    "clean.semaphore": "leftovers.remove",
+    "clean.unlinked": "leftovers.remove",
 }
 
 
@@ -69,6 +80,8 @@ AT_WORK = of("loop", "function", "task", "burst", "commit", "gate", "answer", "r
 FIRST_START = [*of("start"), *of("commit")]
 NEXT_START = [*of("start", "takeover"), *of("commit"), "gate.finished"]
 NEXT_START.remove("start.created")
+IN_A_WORKER = of("attach", "submit", "wait", "pin")
+IN_A_CLEANER = of("clean")
 AT_THE_END = [*of("burst", "commit", "gate", "answer", "stop"), "dismiss.slot"]
 UNCOUNTED = ("start.leased", "start.inscribed")
 """Who dies there has not begun to take over."""
@@ -151,7 +164,7 @@ class Plan:
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """Every interpreter that is started imports the hook; only coordinators raise the events."""
+    """Every interpreter that is started imports the hook, and dies if it comes to the event; we do not."""
     (tmp_path / "sitecustomize.py").write_text(HOOK)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setenv("CRASH_PLAN", str(tmp_path / "plan"))
@@ -455,3 +468,92 @@ def test_a_stop_goes_on_with_another_coordinator_when_one_dies(plan, begin_to_st
         eventually(lambda: not stop.is_alive(), timeout=20)
     finally:
         stop.join()
+
+
+WORKER = """
+import itertools, sys, time
+from strictflow_mp import StrictFlow, write
+
+flow = StrictFlow("mortal")
+
+@write(flow)
+def note(number):
+    time.sleep(0.001)  # longer than a reader looks before it sleeps
+    flow.state["ids"].append(number)
+
+for number in itertools.count(int(sys.argv[1])):
+    note(number)
+    print(number, flush=True)
+    with flow.snapshot(gated=False) as snapshot:
+        snapshot["last"]
+    flow.state["last"]
+    if number % 4 == 0:
+        flow.close()
+"""
+
+
+@pytest.mark.parametrize("event", IN_A_WORKER)
+def test_wherever_a_worker_dies_nobody_waits_for_it_and_nothing_of_it_stays(plan, event, eventually):
+    with new_flow() as flow:
+        load = Load(flow)
+        load.put()
+        load.look()
+        attachment = flow._client.attach()
+        for first, number in ((100_000, 1), (200_000, 3)):
+            plan.make((event, number))
+            worker = subprocess.run([sys.executable, "-c", WORKER, str(first)], check=False, stdout=subprocess.PIPE)
+            assert worker.returncode == -signal.SIGKILL
+            assert not plan.left
+            load.abandoned |= set(range(first, first + 100))
+            load.round()
+            submitted = [*map(int, worker.stdout.split())]
+            ran = [number for number in flow.state["ids"] if number >= first]
+            # The last frame may be in the pipe though its submit has not returned.
+            assert ran in (submitted, [*submitted, first + len(submitted)])
+            assert submitted or event in ("attach.welcomed", "submit.begun", "submit.sent", "submit.counted")
+            eventually(attachment.gate.is_open)
+            eventually(lambda: semaphores(flow) == {attachment.slot})
+            assert PinnedVersions(attachment.segment).oldest is None
+        assert not load.check()
+        assert flow.stats().restarts == 0
+
+
+OWNER = """
+import os
+from strictflow_mp import StrictFlow
+
+flow = StrictFlow("mortal", state={"a": 1}, restart=False)
+flow.start_loop()
+flow.put("a", 2).result()
+os.kill(flow.stats().coordinator_pid, 9)
+os.kill(os.getpid(), 9)
+"""
+CLEAN = [sys.executable, "-m", "strictflow_mp", "clean"]
+
+
+@pytest.mark.parametrize("event", IN_A_CLEANER)
+def test_wherever_a_cleaner_dies_the_next_one_removes_the_rest(plan, event, runtime_dir):
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", OWNER], check=False).returncode == -signal.SIGKILL
+        plan.make((event, 1))
+        assert subprocess.run(CLEAN, check=False, stdout=subprocess.PIPE).returncode == -signal.SIGKILL
+        assert not plan.left
+        assert subprocess.run(CLEAN, check=False, stdout=subprocess.PIPE).returncode == 0
+        assert [*runtime_dir.rglob("lock")] == []
+    with new_flow() as flow:
+        assert flow.state == FIRST
+
+
+@pytest.mark.parametrize("event", IN_A_CLEANER)
+def test_wherever_a_start_that_discards_dies_the_next_one_has_nothing_of_the_former(plan, event):
+    assert subprocess.run([sys.executable, "-c", OWNER], check=False).returncode == -signal.SIGKILL
+    flow = new_flow()
+    plan.make((event, 1))
+    with pytest.raises(FlowNotRunning, match=r"exit code -9"):
+        flow.start_loop(recover=False)
+    assert not plan.left
+    flow.start_loop(recover=False)
+    try:
+        assert flow.state == FIRST
+    finally:
+        flow.stop_loop()

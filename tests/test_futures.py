@@ -37,7 +37,7 @@ def test_wait_and_as_completed_take_them(flow, log):
         assert cf.wait(futures, timeout=0).not_done == set(futures)
         assert not any(future.done() for future in futures)
     assert cf.wait(futures).done == set(futures)
-    assert [future.result() for future in cf.as_completed(log.map("abc"))] == ["a", "b", "c"]
+    assert sorted(future.result() for future in cf.as_completed(log.map("abc"))) == ["a", "b", "c"]
     done, _ = cf.wait([log("d"), log("e")], return_when=cf.FIRST_COMPLETED)
     assert done <= set(done)
     assert all(isinstance(future, (cf.Future, TaskFuture)) for future in futures)

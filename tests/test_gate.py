@@ -22,7 +22,7 @@ from strictflow_mp import FlowNotRunning, StrictFlow
 from strictflow_mp import gate as gate_module
 from strictflow_mp.gate import Gate, GateKeeper, condemn, semaphore_name
 from strictflow_mp.processes import Identity
-from strictflow_mp.segment import Segment
+from strictflow_mp.segment import CONDEMNED, SERVING, STARTING, STOPPED, W_STATUS, Segment
 
 SLOTS = 8
 FOR_EVER = 1e6
@@ -32,10 +32,10 @@ FOR_EVER = 1e6
 class House:
     """A segment, its keeper, and a gate for each slot that a test uses."""
 
-    def __init__(self):
+    def __init__(self, slots=SLOTS):
         self.token = secrets.token_hex(6)
         self.segment = Segment.create(
-            self.token, "house", capacity=1, slots=SLOTS, identity=Identity(os.getpid(), 0, 0, 0)
+            self.token, "house", capacity=1, slots=slots, identity=Identity(os.getpid(), 0, 0, 0)
         )
         self.keeper = GateKeeper(self.segment, self.token)
         self.gates = {}
@@ -181,6 +181,7 @@ def test_a_task_that_is_finished_before_it_is_counted_raises_no_flag(house):
     house.keeper.finish({1: 1})
     assert not house.keeper.is_up()
     assert house.gate(2).wait(-math.inf, nothing) is True
+    assert house.word("waits", 2) == 0
     house.gate(1).raise_flag(1)
     assert house.gate(2).is_open()
 
@@ -201,6 +202,7 @@ def test_a_thread_that_follows_gives_up_at_its_own_deadline(house, sound_asleep,
     eventually(lambda: house.sleeps(2))
     follower = house.reader(2, time.monotonic() + 0.02)
     assert follower.result() is False
+    assert followers(house.gate(2)) == 0
     house.keeper.finish({1: 1})
     assert leader.result() is True
 
@@ -236,6 +238,13 @@ def test_a_long_wait_sleeps_until_a_post(house, sound_asleep, eventually):
     house.keeper.finish({1: 1})
     assert reader.result() is True
     assert not house.sleeps(2)
+
+
+def test_a_long_wait_of_the_main_thread_sleeps_too(house, sound_asleep):
+    house.gate(1).raise_flag(1)
+    looks = []
+    assert house.gate(2).wait(time.monotonic() + 0.05, lambda: looks.append(True)) is False
+    assert len(looks) <= 2
 
 
 def test_waits_are_counted_and_timed(house, asleep):
@@ -360,6 +369,56 @@ def test_a_thread_takes_over_from_a_leader_that_leaves_while_it_makes_ready_to_f
     assert follower.result() is True
 
 
+def test_a_thread_that_follows_takes_over_from_a_leader_that_leaves_with_an_error(house, sound_asleep, eventually):
+    gate = house.gate(3)
+    house.gate(1).raise_flag(1)
+
+    def leave():
+        eventually(lambda: followers(gate))  # woken with the leader, it follows once more
+        raise Rung
+
+    def lead():
+        with pytest.raises(Rung):
+            gate.wait(None, leave)
+
+    leader = threading.Thread(target=lead)
+    leader.start()
+    eventually(lambda: house.sleeps(3))
+    follower = house.reader(3)
+    eventually(lambda: followers(gate))
+    gate._semaphore.release()
+    leader.join()
+    eventually(lambda: house.sleeps(3))
+    house.keeper.finish({1: 1})
+    assert follower.result() is True
+
+
+def test_the_leader_wakes_those_of_its_process_who_wait_for_less(house, sound_asleep, eventually):
+    gate = house.gate(3)
+    house.gate(1).raise_flag(1)
+    gate._leader[gate_module.LEADER] = gate_module.NOBODY  # somebody who is about to leave
+    follower = house.reader(3)
+    eventually(lambda: followers(gate))
+    house.gate(2).raise_flag(1)
+    leader = threading.Thread(target=gate._lead, args=([(1, 1), (2, 1)], None, nothing))
+    leader.start()
+    eventually(lambda: house.sleeps(3))
+    house.keeper.finish({1: 1})
+    assert follower.result() is True
+    house.keeper.finish({2: 1})
+    leader.join()
+    gate._leader.clear()
+
+
+@pytest.mark.parametrize("number", [1, 300])
+def test_a_read_is_content_with_more_than_it_waited_for(house, asleep, eventually, number):
+    house.gate(1).raise_flag(number)
+    reader = house.reader(2)
+    assert reader.goes_on_waiting(eventually)
+    house.keeper.finish({1: number + 300})
+    assert reader.result() is True
+
+
 def submit_and_read(segment_name, slot, semaphore, threads, rounds):
     gate_module.SPIN, gate_module.SLICE = 0, FOR_EVER
     gate = Gate(Segment.open(segment_name), slot, posix_ipc.Semaphore(semaphore))
@@ -475,7 +534,7 @@ def test_a_handler_that_raises_at_any_instant_leaves_no_signal_blocked_and_no_lo
         from strictflow_mp import gate as gate_module
         from strictflow_mp.gate import Gate, GateKeeper
         from strictflow_mp.processes import Identity
-        from strictflow_mp.segment import Segment
+        from strictflow_mp.segment import CONDEMNED, SERVING, STARTING, STOPPED, W_STATUS, Segment
 
         class Rung(Exception):
             pass
@@ -535,6 +594,7 @@ def test_a_dismissed_slot_leaves_no_flag_up(house, submitted, finished):
     assert house.keeper.is_open()
     assert house.gate(2).is_open()
     assert not house.sleeps(1)
+    assert house.word("finished", 1) == max(submitted, finished)
 
 
 def test_the_dismissal_of_a_slot_ends_the_waits_for_it(house, sound_asleep, eventually):
@@ -564,7 +624,10 @@ def test_a_dismissed_slot_leaves_no_semaphore(house):
     names = [semaphore_name(house.token, slot) for slot in (1, 2)]
     for slot in (1, 2):
         house.gate(slot)
+    mine = house.keeper._semaphores[1]
     house.keeper.dismiss(1)
+    with pytest.raises(posix_ipc.ExistentialError):
+        mine.release()  # it is closed, too
     with pytest.raises(posix_ipc.ExistentialError):
         posix_ipc.Semaphore(names[0])
     posix_ipc.Semaphore(names[1]).close()
@@ -608,6 +671,208 @@ def test_a_process_whose_connection_was_cut_leaves_no_flag_up(eventually, tmp_pa
         eventually(flow._client.attach().gate.is_open)
 
 
+def visitor(number):
+    """No two words of it are equal."""
+    return Identity(1000 + number, 2000 + number, 3000 + number, 4000 + number)
+
+
+def sleeping(house, slot):
+    """Say that a reader sleeps in that slot; return a function that says how often it was woken since."""
+    house.set_word("waiting", slot, 1)
+    semaphore = posix_ipc.Semaphore(semaphore_name(house.token, slot))
+
+    def posts():
+        count = 0
+        try:
+            while True:
+                semaphore.acquire(0)
+                count += 1
+        except posix_ipc.BusyError:
+            return count
+
+    return posts
+
+
+@pytest.fixture
+def admitted(house):
+    """Admit visitors to these slots; they are dismissed at the end."""
+    slots = []
+
+    def admit(*numbers):
+        slots.extend(numbers)
+        return [house.keeper.admit(slot, visitor(slot)) for slot in numbers]
+
+    yield admit
+    for slot in slots:
+        house.keeper.dismiss(slot)
+
+
+def test_a_slot_says_who_has_it_and_each_admission_has_a_number_of_its_own(house, admitted):
+    admitted(1, 3, 7)
+    assert [house.keeper.tenancy(slot) for slot in (1, 2, 3, 7)] == [
+        (1, 1001, 2001, 4001, 1),
+        (2, 0, 0, 0, 0),
+        (3, 1003, 2003, 4003, 2),
+        (7, 1007, 2007, 4007, 3),
+    ]
+    house.keeper.dismiss(3)
+    assert house.keeper.tenancy(3) == (3, 0, 0, 0, 0)
+    admitted(3)
+    assert house.keeper.tenancy(3).tenant == 4
+    assert house.keeper.tenancy(7) == (7, 1007, 2007, 4007, 3)
+
+
+def test_a_newcomer_finds_its_slot_as_if_nobody_had_been_there(house, admitted):
+    for array in ("waiting", "waits", "waited"):
+        for slot in (2, 3, 4):
+            house.set_word(array, slot, 9)
+    left_behind = posix_ipc.Semaphore(semaphore_name(house.token, 3), posix_ipc.O_CREX, initial_value=5)
+    left_behind.close()
+    [name] = admitted(3)
+    assert name == semaphore_name(house.token, 3) == house.keeper.semaphore_of(3)
+    for array in ("waiting", "waits", "waited"):
+        assert [house.word(array, slot) for slot in (2, 3, 4)] == [9, 0, 9]
+        for slot in (2, 4):
+            house.set_word(array, slot, 0)
+    assert sleeping(house, 3)() == 0
+    house.set_word("waiting", 3, 0)
+
+
+def test_each_slot_has_words_of_its_own_however_many_there_are():
+    count = 150
+    house, slots = House(slots=count), range(1, count)
+    keeper, segment = house.keeper, house.segment
+
+    def words(array):
+        begin = getattr(segment, array)
+        return segment.words[begin : begin + count].tolist()
+
+    try:
+        names = [keeper.admit(slot, visitor(slot)) for slot in slots]
+        assert [keeper.tenancy(slot) for slot in slots] == [
+            (slot, 1000 + slot, 2000 + slot, 4000 + slot, slot) for slot in slots
+        ]
+        gates = [Gate(segment, slot, posix_ipc.Semaphore(name)) for slot, name in zip(slots, names, strict=True)]
+        for slot, gate in zip(slots, gates, strict=True):
+            gate.raise_flag(slot)
+            assert gate.last == slot
+        assert words("submitted") == [*range(count)]
+        for slot in slots:
+            keeper.lift(slot)
+            assert words("finished") == [number if number <= slot else 0 for number in range(count)]
+        for slot in slots:
+            keeper.raise_again(slot, 1)
+            assert words("finished") == [number if number > slot else 0 for number in range(count)]
+        heir = GateKeeper(segment, house.token)
+        assert heir.take_over() == [keeper.tenancy(slot) for slot in slots]
+        for slot, gate in zip(slots, gates, strict=True):
+            assert gate.wait(time.monotonic() - 1, nothing) is False
+            posts = sleeping(house, slot)
+            heir.finish({slot: slot})
+            house.set_word("waiting", slot, 0)
+            assert (posts(), words("finished")) == (1, [n if n <= slot else 0 for n in range(count)])
+        assert words("waits") == [0] + [1] * (count - 1)
+        assert gates[0].wait(None, nothing) is True
+        for slot, gate in zip(slots, gates, strict=True):
+            gate.raise_flag(slot + 1)
+            house.set_word("waiting", slot, 1)
+            keeper.dismiss(slot)
+            gate.release()
+            assert words("finished") == words("submitted")
+            assert not any(words("waiting"))
+            for array in ("pids", "starts", "spaces", "tenants"):
+                assert [bool(word) for word in words(array)] == [number > slot for number in range(count)]
+    finally:
+        for slot in slots:
+            keeper.dismiss(slot)
+        house.close()
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="semaphores are no files here")
+def test_only_the_user_may_touch_a_semaphore(house, admitted):
+    admitted(1)
+
+    def mode():
+        return os.stat(f"/dev/shm/sem.{semaphore_name(house.token, 1)[1:]}").st_mode & 0o777
+
+    assert mode() == 0o600
+    posix_ipc.unlink_semaphore(semaphore_name(house.token, 1))
+    GateKeeper(house.segment, house.token).take_over()
+    assert mode() == 0o600
+
+
+def test_a_flag_is_lifted_up_to_what_was_submitted_and_the_sleepers_wake(house, admitted):
+    admitted(1, 2, 3)
+    for slot in (2, 3):
+        house.set_word("submitted", slot, 8)
+        house.set_word("finished", slot, 5)
+    posts = sleeping(house, 1)
+    house.keeper.lift(2)
+    assert [house.word("finished", slot) for slot in range(SLOTS)] == [0, 0, 8, 5, 0, 0, 0, 0]
+    assert posts() == 1
+    for submitted in (8, 7):  # it never falls
+        house.set_word("submitted", 2, submitted)
+        house.keeper.lift(2)
+        assert (house.word("finished", 2), posts()) == (8, 0)
+
+
+@pytest.mark.parametrize(("first", "finished"), [(1, 0), (3, 2), (6, 5), (7, 5), (100, 5)])
+def test_a_flag_is_raised_again_from_the_first_task_that_has_no_answer(house, admitted, first, finished):
+    admitted(2)
+    for slot in (1, 2, 3):
+        house.set_word("finished", slot, 5)
+        house.set_word("submitted", slot, 5)
+    house.keeper.raise_again(2, first)
+    assert [house.keeper.last_finished(slot) for slot in (1, 2, 3)] == [5, finished, 5]
+    assert house.keeper.is_up() == (finished < 5)
+    house.keeper.finish(dict.fromkeys((1, 2, 3), 5))
+
+
+def test_what_is_finished_only_grows_and_slot_0_goes_up_to_the_first_of_its_own_that_is_queued(house):
+    assert [house.keeper.raise_own() for _ in range(5)] == [1, 2, 3, 4, 5]
+    assert (house.word("submitted", 0), house.keeper.is_up()) == (5, True)
+    house.keeper.finish({0: 77, 1: 9, 3: 4}, own=3)
+    assert [house.word("finished", slot) for slot in range(5)] == [2, 9, 0, 4, 0]
+    house.keeper.finish({1: 8, 3: 5}, own=5)
+    assert [house.word("finished", slot) for slot in range(5)] == [4, 9, 0, 5, 0]
+    house.keeper.finish({})
+    assert [house.word("finished", slot) for slot in range(5)] == [5, 9, 0, 5, 0]
+    assert not house.keeper.is_up()
+
+
+def test_who_sleeps_gets_one_post_and_who_does_not_sleep_none(house, admitted):
+    admitted(1, 2, 3)
+    posts = {slot: sleeping(house, slot) for slot in (1, 2, 3)}
+    house.set_word("waiting", 2, 0)
+    house.set_word("waiting", 5, 1)  # a slot without a semaphore
+    for _ in range(3):
+        house.keeper.wake()
+    assert {slot: count() for slot, count in posts.items()} == {1: 1, 2: 0, 3: 1}
+    house.keeper.wake()
+    assert {slot: count() for slot, count in posts.items()} == {1: 1, 2: 0, 3: 1}
+
+
+def test_the_keeper_who_takes_over_knows_who_has_a_slot_and_can_wake_them(house, admitted):
+    admitted(1, 4, 7)
+    house.keeper.raise_own()
+    house.set_word("submitted", 4, 3)
+    posts = sleeping(house, 1)
+    posix_ipc.unlink_semaphore(semaphore_name(house.token, 4))
+    stray = posix_ipc.Semaphore(semaphore_name(house.token, 5), posix_ipc.O_CREX)
+    stray.close()
+    heir = GateKeeper(house.segment, house.token)
+    assert heir.take_over() == [house.keeper.tenancy(slot) for slot in (1, 4, 7)]
+    assert [house.word("finished", slot) for slot in (0, 1, 4)] == [1, 0, 0]
+    assert heir.is_up()
+    with pytest.raises(posix_ipc.ExistentialError):
+        posix_ipc.Semaphore(semaphore_name(house.token, 5))
+    posts_of_4 = sleeping(house, 4)
+    heir.finish({4: 3})
+    assert (posts(), posts_of_4()) == (1, 1)
+    assert heir.raise_own() == 2
+    heir.finish({})
+
+
 # The end of a flow
 
 
@@ -625,6 +890,122 @@ def test_a_reader_that_sleeps_learns_that_the_flow_has_ended(house, sound_asleep
     assert not house.gate(2).is_open()
     house.keeper.dismiss(1)
     assert not house.gate(2).is_open(), "a read would take the fast path"
+
+
+def test_a_stop_wakes_every_slot_and_says_that_nobody_has_died(house, admitted):
+    admitted(1, 2)
+    posts = [sleeping(house, slot) for slot in (1, 2)]
+    house.set_word("waiting", 2, 0)  # it is about to sleep
+    gate = house.gate(3)
+    assert not gate.is_stopped()
+    house.keeper.stop()
+    assert (gate.is_stopped(), gate.is_condemned()) == (True, False)
+    assert [count() for count in posts] == [1, 1]
+    assert house.keeper.is_up()
+
+
+@pytest.mark.parametrize("status", [SERVING, STOPPED, CONDEMNED, STARTING])
+def test_only_a_flow_that_is_served_is_condemned_and_whoever_sleeps_wakes(house, admitted, status):
+    admitted(1, 2, 3, 4)
+    posts = [sleeping(house, slot) for slot in (1, 2, 3, 4)]
+    house.set_word("waiting", 3, 0)
+    posix_ipc.unlink_semaphore(semaphore_name(house.token, 2))
+    house.set_word("finished", 0, 6)
+    gate = house.gate(5)
+    house.segment.words[W_STATUS] = status
+    assert (gate.is_stopped(), gate.is_condemned()) == (status != SERVING, status == CONDEMNED)
+    condemn(house.segment, house.token)
+    assert house.segment.words[W_STATUS] == (CONDEMNED if status == SERVING else status)
+    assert (gate.is_stopped(), gate.is_condemned()) == (True, status in (SERVING, CONDEMNED))
+    assert house.word("submitted", 0) == 7
+    assert [count() for count in posts] == [1, 0, 0, 1]
+
+
+def test_whoever_sleeps_in_the_last_of_many_slots_learns_of_a_condemned_flow_too():
+    house = House(slots=150)
+    house.keeper.admit(149, visitor(149))
+    try:
+        posts = sleeping(house, 149)
+        condemn(house.segment, house.token)
+        assert posts() == 1
+    finally:
+        house.keeper.dismiss(149)
+        house.close()
+
+
+def words_at(name, house, monkeypatch):
+    """What the segment looked like at each call of that fence."""
+    seen = []
+
+    def note():
+        words = ("submitted", "finished", "waiting", "starts", "spaces", "tenants", "pids")
+        seen.append({word: [house.word(word, slot) for slot in range(3)] for word in words})
+        seen[-1]["status"] = house.segment.words[W_STATUS]
+
+    monkeypatch.setattr(gate_module, name, note)
+    return seen
+
+
+def test_each_store_stands_on_its_side_of_the_fence(house, monkeypatch):
+    """The fences that do nothing on x86-64 are called where another machine needs them."""
+    gate, keeper = house.gate(1), house.keeper
+    published = words_at("publish_fence", house, monkeypatch)
+    fenced = words_at("fence", house, monkeypatch)
+    gate.raise_flag(4)
+    assert fenced.pop()["submitted"] == [0, 4, 0]
+    keeper.raise_own()
+    keeper.finish({1: 4})
+    assert published.pop()["finished"] == [0, 0, 0]
+    assert fenced.pop()["finished"] == [1, 4, 0]
+    keeper.admit(2, visitor(2))
+    at = published.pop()
+    assert [at[word][2] for word in ("starts", "spaces", "tenants", "pids")] == [2002, 4002, 2, 0]
+    keeper.dismiss(2)
+    keeper.stop()
+    at = published.pop()
+    assert (at["status"], at["submitted"]) == (STOPPED, [1, 4, 0])
+    assert fenced.pop()["submitted"] == [2, 4, 0]
+    house.segment.words[W_STATUS] = SERVING
+    keeper.finish({})
+    published.clear()
+    fenced.clear()
+    condemn(house.segment, house.token)
+    at = published.pop()
+    assert (at["status"], at["submitted"]) == (CONDEMNED, [2, 4, 0])
+    assert fenced.pop()["submitted"] == [3, 4, 0]
+    assert (published, fenced) == ([], [])
+
+
+def test_what_a_read_waited_for_is_behind_a_fence(house, monkeypatch):
+    looked = words_at("read_fence", house, monkeypatch)
+    house.gate(1).raise_flag(1)
+    assert house.gate(2).wait(time.monotonic(), nothing) is False
+    assert looked == []
+    house.keeper.finish({1: 1})
+    assert gate_module._reached(house.gate(2).finished, [(1, 1)])
+    assert [at["finished"][1] for at in looked] == [1]
+
+
+def test_a_gate_that_is_released_while_a_thread_sleeps_keeps_its_semaphore(house, sound_asleep, eventually):
+    gate = house.gate(2)
+    house.gate(1).raise_flag(1)
+    reader = house.reader(2)
+    eventually(lambda: house.sleeps(2))
+    gate.release()
+    gate._semaphore.release()
+    house.keeper.finish({1: 1})
+    assert reader.result() is True
+    for _ in range(2):
+        gate.release()
+        with pytest.raises(posix_ipc.ExistentialError):
+            gate._semaphore.release()
+
+
+def test_a_gate_counts_what_its_own_slot_has_submitted(house):
+    for slot in (1, 2, 3):
+        house.gate(slot).raise_flag(10 * slot)
+    assert [house.gate(slot).last for slot in (1, 2, 3)] == [10, 20, 30]
+    house.keeper.finish({1: 10, 2: 20, 3: 30})
 
 
 def test_a_stop_ends_the_waits_of_other_processes():

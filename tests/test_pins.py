@@ -6,6 +6,7 @@ import gc
 import itertools
 import multiprocessing
 import os
+import random
 import secrets
 import sys
 import threading
@@ -31,10 +32,13 @@ from strictflow_mp.store import (
     Version,
     clear_pins,
     commit,
+    has_pins,
     pins,
     read_receipts,
+    receipts,
 )
 from strictflow_mp.store import arena as arenas
+from strictflow_mp.words import WORD
 
 EXACT = PINS - 1
 """Versions that a slot can pin each for itself; the word behind them is the floor."""
@@ -220,6 +224,105 @@ def test_when_the_coordinator_clears_a_slot_its_versions_are_free(segment, reade
     assert theirs.number == mine.number
 
 
+def test_each_slot_has_pin_words_of_its_own_however_many_there_are():
+    slots = 65
+    segment = Segment.create(secrets.token_hex(6), "pins", capacity=1, slots=slots, identity=Identity(1, 1, 0, 0))
+    try:
+        for slot in range(slots):
+            assert not has_pins(segment, slot)
+            assert Pins(segment, slot).acquire(slot)
+            assert has_pins(segment, slot)
+        words = [pin_words(segment, slot) for slot in range(slots)]
+        assert words == [[slot + 1] + [0] * EXACT for slot in range(slots)]
+        for slot in range(slots):
+            clear_pins(segment, slot)
+            assert not has_pins(segment, slot)
+            assert PinnedVersions(segment).exact == [*range(slot + 1, slots)]
+        for index in range(PINS):
+            word = segment.pins + 7 * PINS + index
+            segment.words[word] = 1
+            assert [slot for slot in range(slots) if has_pins(segment, slot)] == [7]
+            segment.words[word] = 0
+    finally:
+        segment.close()
+        segment.unlink()
+
+
+def test_pins_are_held_until_the_last_of_them_is_let_go(segment, reader, writer):
+    pins = Pins(segment, 1)
+    assert pins.are_held is False
+    for _ in range(2):
+        assert pins.acquire(writer.version)
+        assert pins.are_held is True
+    advance(writer)
+    assert pins.acquire(writer.version)
+    for version in (writer.version - 1, writer.version, writer.version - 1):
+        assert pins.are_held is True
+        pins.release(version)
+    assert pins.are_held is False
+
+
+def test_a_version_that_is_pinned_can_be_pinned_again_in_the_way_that_its_word_allows(segment, reader, writer):
+    pins = Pins(segment, 1)
+    for _ in range(EXACT):
+        advance(writer)
+        assert [pins.acquire_exact(writer.version), pins.acquire(writer.version)] == [True, True]
+    advance(writer)
+    assert [pins.acquire_exact(writer.version), pins.acquire(writer.version)] == [False, True]
+    assert [pins.acquire_exact(writer.version), pins.acquire(writer.version)] == [False, True]
+
+
+def test_the_floor_comes_down_for_a_version_that_is_older_by_one(segment, writer):
+    """Two threads look at VERSION, and pin what they saw in the other order."""
+    pins = Pins(segment, 1)
+    for _ in range(EXACT):
+        advance(writer)
+        assert pins.acquire(writer.version)
+    older, newer = writer.version + 1, writer.version + 2
+    for version in (newer, older):
+        assert pins.acquire(version)
+        assert pin_words(segment, 1)[-1] == version + 1
+    pins.release(older)
+    assert pin_words(segment, 1)[-1] == newer + 1
+
+
+def test_an_exact_pin_that_is_let_go_leaves_its_word_empty_while_others_are_on_the_floor(segment, reader, writer):
+    versions = []
+    for _ in range(EXACT + 2):
+        advance(writer)
+        versions.append(reader.pin())
+    before = pin_words(segment, 1)
+    reader.unpin(versions[3])
+    assert pin_words(segment, 1) == [0 if index == 3 else pin for index, pin in enumerate(before)]
+
+
+@pytest.mark.parametrize("distance", [-1, 1])
+def test_a_process_that_does_not_own_the_pins_lets_go_of_none(segment, writer, distance):
+    pins = Pins(segment, 1)
+    assert pins.acquire(writer.version)
+    before = pin_words(segment, 1)
+    pins.pid += distance  # as in a child of a larger pid, or of a smaller one
+    pins.release(writer.version)
+    assert pin_words(segment, 1) == before
+    pins.pid = os.getpid()
+    pins._settle()
+    assert not has_pins(segment, 1)
+
+
+def test_two_looks_at_the_pins_are_equal_when_the_same_versions_are_pinned(segment, reader, writer):
+    for number in range(EXACT + 1):
+        before = PinnedVersions(segment)
+        assert before == PinnedVersions(segment)
+        advance(writer)
+        reader.pin()
+        assert before != PinnedVersions(segment), number
+    for index in (0, EXACT):
+        before = PinnedVersions(segment)
+        segment.words[segment.pins + 2 * PINS + index] = 1
+        assert before != PinnedVersions(segment)
+    assert PinnedVersions(segment) != "pins"
+
+
 VERSIONS = st.integers(0, 12)
 
 
@@ -298,6 +401,23 @@ def test_a_pin_that_comes_too_late_is_refused_and_leaves_no_trace(segment, write
     assert pin_words(segment, 2) == before
 
 
+@pytest.mark.parametrize("on_floor", [False, True])
+def test_a_pin_is_there_at_the_fence_and_the_horizon_is_looked_at_behind_it(segment, writer, on_floor, monkeypatch):
+    pinned_at_fence = []
+
+    def reclaim() -> None:
+        pinned_at_fence.append(PinnedVersions(segment))
+        segment.words[W_HORIZON] = writer.version + 1
+
+    mine = Pins(segment, 2)
+    for _ in range(EXACT if on_floor else 0):
+        assert mine.acquire(writer.version)
+        advance(writer)
+    monkeypatch.setattr(pins, "fence", reclaim)
+    assert not mine.acquire(writer.version)
+    assert [pinned.needs(writer.version, writer.version + 1) for pinned in pinned_at_fence] == [True]
+
+
 def at_opcode(moment: int, what: Callable[[], object], call: Callable[[], Any]) -> tuple[Any, bool]:
     """What *call* returns, and whether *what* happened: ahead of that opcode of the module `pins`."""
     left = moment
@@ -330,7 +450,9 @@ def test_a_finalizer_may_let_go_of_a_version_at_any_opcode_of_a_pin(segment, wri
         old = reader.pin()
         advance(writer, commits)
         version, happened = at_opcode(moment, partial(reader.unpin, old), reader.pin)
-        if not happened:
+        if happened:
+            assert [pin for pin in pin_words(segment, 1) if pin and pin not in before] == [version.number + 1]
+        else:
             reader.unpin(old)
         advance(writer, 10)
         assert is_whole(reader, version), f"opcode {moment}"
@@ -504,6 +626,15 @@ def _hold(lock: Any, locked: threading.Event, leave: threading.Event) -> None:
         leave.wait()
 
 
+def test_a_takeover_drops_the_pins_of_the_dead_coordinator_and_of_nobody_else(segment, writer, reader):
+    reader.pin()
+    StoreReader(segment, Pins(segment, 0)).pin()
+    before = pin_words(segment, 1)
+    StoreWriter(segment, "pins").recover()
+    assert not has_pins(segment, 0)
+    assert pin_words(segment, 1) == before
+
+
 @pytest.mark.parametrize("age", [10, 255, 256, 300])
 def test_a_pinned_version_is_whole_after_a_takeover_however_old_it_is(segment, writer, reader, age):
     version = reader.pin()
@@ -557,3 +688,183 @@ def test_an_answer_that_finds_no_room_leaves_its_receipt(segment, writer):
     writer.receipts.add(Receipt(1, 2, 2, 1, b"short"))
     advance(writer)
     assert [(receipt.seq, receipt.answer) for receipt in read_receipts(segment)] == [(1, b""), (2, b"short")]
+
+
+class Ledger:
+    """A writer whose receipts are remembered, and looked at whenever a commit is about to be published, and behind it.
+
+    Every commit also changes a key, so that memory which is free by mistake is soon written to.
+    """
+
+    def __init__(self, segment: Segment, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._segment = segment
+        self.writer = writer
+        self.due: dict[tuple[int, int], Receipt] = {}  # tenant, seq of the last task -> receipt
+        self._ever = dict(self.due)
+        self._committed = dict(self.due)
+        self._last = 0
+        monkeypatch.setattr(commit, "audit", self._on_event)
+
+    def _on_event(self, event: str) -> None:
+        if event.endswith(".recorded"):
+            assert self.stored() == self._committed, "somebody has written to the receipts of the last commit"
+
+    def stored(self) -> dict[tuple[int, int], Receipt]:
+        return {(receipt.tenant, receipt.last): receipt for receipt in read_receipts(self._segment)}
+
+    def add(self, tenant: int, size: int, tasks: int = 1) -> Receipt:
+        first = self._last + 1
+        self._last += tasks
+        receipt = Receipt(tenant, 7 * first, first, tasks, bytes([first % 255 + 1]) * size)
+        self.due[tenant, self._last] = self._ever[tenant, self._last] = receipt
+        self.writer.receipts.add(receipt)
+        return receipt
+
+    def take_back(self, receipt: Receipt) -> None:
+        del self.due[receipt.tenant, receipt.last]
+        self.writer.receipts.take_back(receipt)
+
+    def acknowledge(self, tenant: int, seq: int) -> None:
+        self.due = {key: value for key, value in self.due.items() if key[0] != tenant or key[1] > seq}
+        self.writer.receipts.acknowledge(tenant, seq)
+
+    def forget(self, tenant: int) -> None:
+        self.due = {key: value for key, value in self.due.items() if key[0] != tenant}
+        self.writer.receipts.forget(tenant)
+
+    def commit(self) -> None:
+        for size in (3000, 0):
+            self.writer.publish({b"garbage": b"\xff" * size} if size else {b"garbage": None})
+            self._committed = self.stored()
+            assert self.due.items() <= self._committed.items() <= self._ever.items()  # BASE may have more than is due
+        for start, words in self.writer.receipts.blocks():
+            filled = self._segment.words[start] + WORD
+            assert filled <= words * WORD
+            assert words == receipts.DELTA or filled > (words - 1) * WORD
+        for tenant in {tenant for tenant, _ in self.due} | {99}:
+            mine = [receipt for (owner, _), receipt in self.due.items() if owner == tenant]
+            assert self.writer.receipts.of(tenant) == mine
+
+    def take_over(self) -> None:
+        self.due = dict(self._committed)
+        self.writer = StoreWriter(self._segment, "pins")
+        self.writer.recover()
+
+    def empty(self) -> int:
+        """Words in use when everybody has all answers and nothing rests."""
+        for tenant in {tenant for tenant, _ in self.due}:
+            self.acknowledge(tenant, self._last)
+        for _ in range(3):
+            self.commit()
+        assert self.writer.receipts.blocks() == []
+        assert kept_for_pins(self.writer) == 0
+        return self.writer.arena.used
+
+
+@pytest.fixture
+def ledger(segment: Segment, writer: StoreWriter, monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    return Ledger(segment, writer, monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_receipts_are_whole_at_every_instant_and_their_memory_comes_back(ledger, seed):
+    draw = random.Random(seed)
+    empty = ledger.empty()
+    for _ in range(60):
+        for _ in range(draw.choice([0, 1, 1, 3, 30])):
+            size = draw.choice([0, 1, 7, 8, 9, 100, 700, 20_000])
+            receipt = ledger.add(draw.randrange(1, 4), size, draw.choice([1, 1, 5]))
+            if draw.random() < 0.1:
+                ledger.take_back(receipt)
+        if draw.random() < 0.4:
+            ledger.acknowledge(draw.randrange(1, 4), ledger._last - draw.choice([0, 1, 5, 40]))
+        if draw.random() < 0.05:
+            ledger.forget(draw.randrange(1, 4))
+        ledger.commit()
+        if draw.random() < 0.15:
+            ledger.take_over()
+    assert ledger.empty() == empty
+
+
+@pytest.mark.parametrize("over", [-8, -1, 0, 1, 7, 8, 9])
+def test_what_just_fits_the_block_for_new_receipts_and_what_does_not_overwrites_nothing(segment, ledger, over):
+    empty = ledger.empty()
+    room = (receipts.DELTA - 1) * WORD - 5 * WORD
+    for number in range(4):
+        ledger.add(1, room + over)
+        ledger.commit()
+        record = segment.words[segments.W_RING + ledger.writer.version % segments.RING * segments.RECORD :]
+        assert [bool(record[word]) for word in (segments.R_DELTA, segments.R_BASE)] == [over <= 0, over > 0]
+        if number % 2:
+            ledger.acknowledge(1, ledger._last)
+        else:
+            ledger.forget(1)
+        ledger.commit()
+    assert ledger.empty() == empty
+
+
+def test_old_receipts_are_not_copied_until_there_are_many_new_ones(segment, ledger):
+    for _ in range(300):
+        ledger.add(1, 50)
+    ledger.commit()
+    [old] = ledger.writer.receipts.blocks()
+    for _ in range(receipts.MANY + 300 // 4):
+        ledger.add(2, 50)
+        ledger.commit()
+        assert ledger.writer.receipts.blocks()[0] == old
+        assert len(ledger.writer.receipts.blocks()) == 2
+    ledger.add(2, 50)
+    ledger.commit()
+    [new] = ledger.writer.receipts.blocks()
+    assert new != old
+
+
+@pytest.mark.parametrize("old", [0, 30])
+@pytest.mark.parametrize("new", [0, 3])
+def test_whichever_blocks_a_dead_coordinator_used_its_receipts_stay_and_the_next_one_s_come(ledger, old, new):
+    empty = ledger.empty()
+    for count in (old, new):
+        for _ in range(count):
+            ledger.add(1, 1)
+        ledger.commit()
+    assert len(ledger.writer.receipts.blocks()) == bool(old) + bool(new)
+    ledger.take_over()
+    for _ in range(4):
+        ledger.add(2, 15_000)
+        ledger.commit()
+        ledger.acknowledge(2, ledger._last)
+    assert ledger.empty() == empty
+
+
+def test_when_there_is_no_room_only_long_answers_are_given_up(segment, writer):
+    long = receipts.LONG
+    sizes = [(2 * CAPACITY, 1), (long, 1), (long + 1, 1), (3 * long, 3), (3 * long + 1, 3), (0, 1)]
+    for seq, (size, tasks) in enumerate(sizes):
+        writer.receipts.add(Receipt(1, 100 + 10 * seq, 10 * seq, tasks, bytes(size)))
+    advance(writer)
+    found = read_receipts(segment)
+    assert [len(receipt.answer) for receipt in found] == [0, long, 0, 3 * long, 0, 0]
+    assert [receipt[:4] for receipt in found] == [
+        (1, 100 + 10 * seq, 10 * seq, tasks) for seq, (_, tasks) in enumerate(sizes)
+    ]
+
+
+def test_damaged_receipts_are_an_error_and_never_read_beyond_their_block(segment, ledger):
+    ledger.add(1, 16)
+    ledger.commit()
+    [(start, _)] = ledger.writer.receipts.blocks()
+    words = segment.words
+    length = words[start]
+    answer = start + 1 + 4
+    assert (length, words[answer]) == (5 * WORD + 16, 16)
+    for damaged in (17, 24, 1 << 40):
+        words[answer] = damaged
+        with pytest.raises(IndexError, match="behind its block"):
+            read_receipts(segment)
+    words[answer] = 16
+    end = (segment.words_claimed - start - 1) * WORD
+    words[start] = end + 1
+    with pytest.raises(IndexError, match="behind the memory"):
+        read_receipts(segment)
+    words[start] = length
+    assert len(read_receipts(segment)) == 1

@@ -2,19 +2,53 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
+import secrets
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import types
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from strictflow_mp import CoordinatorLost, FlowNotRunning, StrictFlow, TaskCrashed, read, takeover, write
+from strictflow_mp import (
+    CoordinatorLost,
+    FlowNotRunning,
+    StrictFlow,
+    TaskCrashed,
+    TaskTimeout,
+    read,
+    suspect,
+    takeover,
+    write,
+)
 from strictflow_mp import owner as owners
+from strictflow_mp.failures import unpack_failure
+from strictflow_mp.gate import GateKeeper, Tenancy
+from strictflow_mp.processes import Identity
 from strictflow_mp.rendezvous import Place
+from strictflow_mp.segment import (
+    SERVING,
+    STARTING,
+    W_DEADLINE,
+    W_LOADING,
+    W_LOADINGS,
+    W_PID,
+    W_RESTARTS,
+    W_START,
+    W_STATUS,
+    W_SUSPECT,
+    W_VERSION,
+    Segment,
+)
+from strictflow_mp.store import Receipt, StoreWriter, read_receipts
+from strictflow_mp.suspect import Marker, loading_seq, suspect_of
+from strictflow_mp.wire import FAILURE, unpack_frame
 
 RESOLVED = 20.0
 """Seconds in which a future has to be resolved; so long only for machines that are very busy."""
@@ -361,3 +395,260 @@ def test_a_process_that_a_task_forked_does_not_keep_the_dead_coordinator_alive(f
 def test_a_stop_ends_a_flow_whose_coordinator_was_killed_just_before(flow):
     flow.state["n"] = 1
     kill(flow)
+
+
+# The suspect, and the takeover itself, without processes
+
+SLOTS = 5
+NOW = 7_000_000_000
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    segment = Segment.create(
+        secrets.token_hex(6), "mortal", capacity=1 << 20, slots=SLOTS, identity=Identity(1, 1, 0, 0)
+    )
+    yield segment
+    segment.close()
+    segment.unlink()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Time as the module `suspect` knows it."""
+    clock = SimpleNamespace(now=NOW)
+    monkeypatch.setattr(suspect, "time", SimpleNamespace(monotonic_ns=lambda: clock.now))
+    return clock
+
+
+@pytest.mark.parametrize("slot", [1, 2, SLOTS - 1])
+@pytest.mark.parametrize("seq", [0, 1, 255, (1 << 48) - 1])
+def test_what_is_marked_can_be_read_by_the_next_coordinator_until_it_has_ended(segment, slot, seq):
+    marker = Marker(segment)
+    marker.mark(slot, seq)
+    assert suspect_of(segment) == (slot, seq, False, False)
+    marker.mark_loading(slot, seq)
+    assert suspect_of(segment) == (slot, seq, True, False)
+    marker.clear()
+    assert suspect_of(segment) is None
+
+
+@pytest.mark.parametrize("slot", [0, SLOTS, SLOTS + 1, (1 << 15) - 1])
+def test_a_mark_that_names_no_process_s_slot_is_nobody(segment, slot):
+    marker = Marker(segment)
+    for mark in (marker.mark, marker.mark_loading):
+        mark(slot, 3)
+        assert suspect_of(segment) is None
+
+
+def test_a_task_is_overdue_from_its_deadline_on_and_only_if_it_has_one(segment, clock):
+    marker = Marker(segment)
+    marker.mark(1, 1)
+    marker.limit(1.5)
+    assert segment.words[W_DEADLINE] == NOW + 1_500_000_000
+    for now, overdue in ((NOW, False), (NOW + 1_499_999_999, False), (NOW + 1_500_000_000, True), (2 * NOW, True)):
+        clock.now = now
+        found = suspect_of(segment)
+        assert found is not None
+        assert found.is_overdue == overdue
+    marker.unlimit()
+    assert suspect_of(segment) == (1, 1, False, False)
+    marker.limit(0.0)
+    Marker(segment)
+    assert (segment.words[W_DEADLINE], segment.words[W_SUSPECT]) == (0, 0)
+
+
+def test_a_function_s_receipt_is_no_task_s(segment):
+    numbers = [loading_seq(number) for number in (0, 1, 2, (1 << 48) - 1)]
+    assert numbers == [(1 << 62) + number for number in (0, 1, 2, (1 << 48) - 1)]
+
+
+def test_a_coroutine_is_marked_whenever_it_runs_and_not_while_it_waits(segment):
+    seen: list[Any] = []
+
+    @types.coroutine
+    def wait(what: str) -> Generator[str, Any, Any]:
+        seen.append(suspect_of(segment))
+        try:
+            return (yield what)
+        finally:
+            seen.append(suspect_of(segment))
+
+    async def task() -> str:
+        assert await wait("first") == 1
+        with pytest.raises(LookupError, match="thrown"):
+            await wait("second")
+        assert await wait("third") == 3
+        return "the end"
+
+    run = Marker(segment).marked(task(), 2, 9)
+    answers = []
+    for sent in (None, 1, LookupError("thrown"), 3):
+        try:
+            answers.append(run.throw(sent) if isinstance(sent, Exception) else run.send(sent))
+        except StopIteration as stop:
+            answers.append(stop.value)
+        assert suspect_of(segment) is None
+    assert answers == ["first", "second", "third", "the end"]
+    assert seen == [(2, 9, False, False)] * 6
+
+
+def test_a_marked_coroutine_that_is_closed_is_closed_within_and_leaves_no_mark(segment):
+    closed = []
+
+    async def task() -> None:
+        try:
+            await asyncio.sleep(0)
+        finally:
+            closed.append(True)
+
+    coroutine = task()
+    run = Marker(segment).marked(coroutine, 2, 9)
+    run.send(None)
+    run.close()
+    assert closed == [True]
+    assert coroutine.cr_frame is None
+    assert suspect_of(segment) is None
+
+
+def test_a_marked_coroutine_that_raises_leaves_no_mark(segment):
+    async def task() -> None:
+        raise LookupError("within")
+
+    with pytest.raises(LookupError, match="within"):
+        Marker(segment).marked(task(), 2, 9).send(None)
+    assert suspect_of(segment) is None
+
+
+class Remains:
+    """What a coordinator has left when it died: a segment, two processes with slots, and their receipts."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.token = secrets.token_hex(6)
+        self.writer = StoreWriter(segment, "mortal")
+        self.writer.create()
+        self.keeper = GateKeeper(segment, self.token)
+        for slot in (2, 4):
+            self.keeper.admit(slot, Identity(100 + slot, 200 + slot, 0, 300 + slot))
+        self.tenants = {slot: self.keeper.tenancy(slot).tenant for slot in (2, 4)}
+        segment.words[W_STATUS] = STARTING
+
+    def leave(self, *receipts: Receipt) -> None:
+        for receipt in receipts:
+            self.writer.receipts.add(receipt)
+        self.writer.publish({b"key": b"value"})
+
+    def take_over(self) -> list[Tenancy]:
+        self.writer = StoreWriter(self.segment, "mortal")
+        self.keeper = GateKeeper(self.segment, self.token)
+        return takeover.take_over(self.segment, self.writer, self.keeper, "mortal", Identity(77, 88, 0, 0))
+
+    def finished(self) -> list[int]:
+        return [self.keeper.last_finished(slot) for slot in range(SLOTS)]
+
+    def verdicts(self) -> dict[tuple[int, int], Any]:
+        """By tenant and seq: the type of the error, or the answer itself."""
+        found: dict[tuple[int, int], Any] = {}
+        for tenant, number, seq, tasks, answer in read_receipts(self.segment):
+            if number:
+                found[tenant, seq] = answer
+                continue
+            assert tasks == 1
+            found[tenant, seq] = answer
+            if answer:
+                kind, again, text, blob = unpack_frame(answer)
+                assert (kind, again) == (FAILURE, seq)
+                found[tenant, seq] = type(unpack_failure(text, blob, flow="mortal"))
+        return found
+
+
+@pytest.fixture
+def remains(segment: Segment) -> Iterator[Remains]:
+    remains = Remains(segment)
+    yield remains
+    for slot in range(1, SLOTS):
+        remains.keeper.dismiss(slot)
+
+
+def test_a_takeover_says_who_goes_on_and_makes_a_new_version(segment, remains, caplog):
+    remains.leave()
+    before = segment.words[W_VERSION]
+    tenancies = remains.take_over()
+    [said] = caplog.messages
+    assert said == f"flow 'mortal': the former coordinator died; pid 77 goes on from version {before + 1} (restart 1)"
+    assert [(tenancy.slot, tenancy.pid) for tenancy in tenancies] == [(2, 102), (4, 104)]
+    assert [segment.words[word] for word in (W_RESTARTS, W_PID, W_START, W_STATUS)] == [1, 77, 88, SERVING]
+    assert segment.words[W_VERSION] == before + 1
+    remains.take_over()
+    assert (segment.words[W_RESTARTS], segment.words[W_VERSION]) == (2, before + 2)
+
+
+def test_a_takeover_counts_the_tasks_that_have_receipts_as_finished_and_no_others(segment, remains):
+    two, four = remains.tenants[2], remains.tenants[4]
+    gone = max(two, four) + 1
+    remains.leave(
+        Receipt(four, 11, 21, 3, b"a run of three"),
+        Receipt(four, 14, 24, 1, b"the last"),
+        Receipt(four, 0, 25, 1, b""),
+        Receipt(gone, 50, 60, 1, b"nobody asks"),
+        Receipt(two, 5, 6, 4, b"a run of four"),
+    )
+    for slot in (2, 4):
+        segment.words[segment.submitted + slot] = 30
+    remains.take_over()
+    assert remains.finished() == [0, 0, 8, 0, 14]
+    assert [receipt.seq for receipt in remains.writer.receipts.of(four)] == [21, 24, 25]
+    assert not remains.writer.receipts.of(gone)
+    remains.writer.publish({})
+    assert {receipt.tenant for receipt in read_receipts(segment)} == {two, four}
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_task_that_ran_is_given_its_receipt_and_it_alone(segment, remains, clock, late):
+    tenant = remains.tenants[4]
+    remains.leave(Receipt(tenant, 1, 2, 1, b"answer"))
+    marker = Marker(segment)
+    marker.mark(4, 3)
+    marker.limit(1.0)
+    clock.now += 2_000_000_000 * late
+    for _ in range(2):  # the next one may die as well, before it has removed the mark
+        remains.take_over()
+        assert remains.verdicts() == {(tenant, 2): b"answer", (tenant, 3): TaskTimeout if late else TaskCrashed}
+        assert remains.finished() == [0, 0, 0, 0, 1]
+        assert suspect_of(segment) is not None
+    assert [segment.words[word] for word in (W_LOADING, W_LOADINGS)] == [0, 0]
+
+
+def test_a_task_whose_process_has_gone_needs_no_receipt(segment, remains):
+    remains.leave()
+    Marker(segment).mark(3, 3)
+    remains.take_over()
+    assert remains.verdicts() == {}
+
+
+def test_only_the_function_that_was_loaded_at_each_of_four_deaths_in_a_row_is_given_up(segment, remains):
+    marker = Marker(segment)
+
+    def die(load: int | None = None, task: int = 0) -> list[int]:
+        marker.clear()
+        if load is not None:
+            marker.mark_loading(2, load)
+        if task:
+            marker.mark(2, task)
+        remains.take_over()
+        return sorted(seq for _, seq in remains.verdicts())
+
+    remains.leave()
+    assert [die(load=6) for _ in range(3)] == [[], [], []]
+    assert die(load=7) == []  # another one
+    assert [die(load=6) for _ in range(3)] == [[], [], []]
+    assert die(task=5) == [5]
+    assert [die(load=6) for _ in range(3)] == [[5], [5], [5]]
+    assert die() == [5]
+    assert [die(load=6) for _ in range(3)] == [[5], [5], [5]]
+    assert suspect_of(segment) is None
+    for _ in range(2):
+        assert die(load=6) == [5, loading_seq(6)]
+        assert remains.verdicts()[remains.tenants[2], loading_seq(6)] == b""
+        assert suspect_of(segment) == (2, 6, True, False)

@@ -277,6 +277,53 @@ def test_order_and_priority_are_kept_and_no_task_is_lost_or_run_twice(monkeypatc
     run_state_machine_as_test(SchedulerMachine, settings=settings(settings(), stateful_step_count=40))
 
 
+# What is asked by owner
+
+SMALL, MINE, LARGE = 1, 700, 70_000
+"""Owners; beyond 256, equal numbers are not the same object."""
+
+
+def with_tasks_of_three_owners() -> tuple[Scheduler, list[Job]]:
+    policy = Scheduler()
+    owners = (SMALL, MINE, LARGE) * 3
+    jobs = [Job(int(str(owner)), number, 1 + number % 2) for number, owner in enumerate(owners)]
+    for job in jobs:
+        policy.submit(job)
+    return policy, jobs
+
+
+def test_what_an_owner_has_queued_is_taken_back_and_does_not_count_and_all_else_stays():
+    policy, jobs = with_tasks_of_three_owners()
+    mine = [job for job in jobs if job.owner == MINE]
+    assert not any(job.is_void for job in jobs)
+    policy.withdraw(MINE)
+    assert [job for job in jobs if job.is_void] == mine
+    assert [job for job in jobs if job.state is State.CANCELLED] == mine
+    assert [policy.next_write(done, 0) for done in range(5)] == [job for job in jobs if job.priority == 1]
+    reads = [job for job in jobs if job.priority == 2]
+    assert [policy.next_read() for _ in range(policy.reads)] == [job for job in reads if job.owner != MINE]
+    assert policy.is_idle
+
+
+def test_what_has_begun_is_not_taken_back():
+    policy, jobs = with_tasks_of_three_owners()
+    begun = [policy.next_write(done, 0) for done in range(3)] + [policy.next_read() for _ in range(2)]
+    assert [job.number for job in begun if job.owner == MINE] == [4, 1]
+    policy.withdraw(MINE)
+    assert all(job.state is State.RUNNING and not job.is_void for job in begun)
+    assert [job.number for job in jobs if job.is_void] == [7]
+
+
+def test_the_first_write_of_an_owner_is_its_own_and_the_one_that_runs_next():
+    policy, jobs = with_tasks_of_three_owners()
+    for owner in (LARGE, MINE, SMALL):
+        assert policy.first_write(owner) is next(job for job in jobs if job.owner == owner and job.priority == 1)
+    assert policy.first_write(MINE + 1) is None
+    while policy.next_write(0, 0):
+        pass
+    assert policy.first_write(MINE) is None
+
+
 # The same in a running flow
 
 

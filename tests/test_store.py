@@ -511,6 +511,40 @@ def test_a_commit_writes_the_path_to_its_key_and_no_more(new_store, keys):
         assert depth <= math.log(keys, 32) + 4
 
 
+@pytest.mark.usefixtures("hashing", "reuse_at_once")
+def test_every_block_says_which_version_made_it_and_no_other_block_was_touched(new_store):
+    store, draw = new_store(), random.Random(0)
+    writer, words = store.writer, store.segment.words
+    before: dict[int, int] = {}
+    alive: set[bytes] = set()
+    for version in range(1, 300):
+        keys = draw.sample(KEYS, 3)
+        gone = {key for key in keys if key in alive and draw.random() < 0.4}
+        changes = {key: None if key in gone else b"\xff" * draw.choice([1, 200]) for key in keys}
+        alive = (alive | set(keys)) - gone
+        assert writer.publish(changes) == version
+        now = {pointer: writer.trie.birth(pointer) for pointer in walk(words, writer.tree[0])}
+        made = {pointer for pointer, birth in now.items() if birth == version}
+        assert all(birth == before[pointer] for pointer, birth in now.items() if pointer not in made)
+        cells = sum(pointer & 1 for pointer in now)
+        assert sum(pointer & 1 for pointer in made) == sum(payload is not None for payload in changes.values())
+        assert cells == len(alive) == writer.tree[1]
+        nodes = len(now) - cells
+        assert (nodes == 0) == (cells < 2)
+        before = now
+
+
+def test_a_walk_that_goes_round_in_a_circle_is_an_error_and_ends(new_store):
+    store = new_store()
+    store.writer.publish(dict.fromkeys(KEYS, b"1"))
+    root = store.writer.tree[0]
+    words = store.segment.words
+    words[root >> 1] = root
+    with pytest.raises(IndexError):
+        for _ in zip(walk(words, root), range(10 * len(words)), strict=False):
+            pass
+
+
 def depth_of(writer: StoreWriter, key: bytes) -> int:
     words, bits, depth = writer._words, writer.hash(key), 0
     pointer = writer.tree[0]
@@ -538,6 +572,17 @@ def test_when_everything_is_deleted_and_unpinned_all_memory_is_free_again(new_st
         store.reader.unpin(version)
     store.squeeze()
     assert (writer.bytes_used, writer.bytes_pinned) == (empty, 0)
+
+
+@pytest.mark.parametrize("size", [1000, 10_000])
+def test_what_was_replaced_rests_and_no_more_of_it_than_was_said(new_store, size):
+    store = new_store(capacity=64 << 20)
+    writer, most = store.writer, 0
+    for _ in range(6000):
+        writer.publish({b"key": bytes(size)})
+        most = max(most, writer.bytes_used)
+    rest = commit.REST_WORDS * WORD
+    assert rest < most < 2 * rest
 
 
 def fill(store: Store, payload: bytes, start: int = 0) -> list[bytes]:
@@ -570,13 +615,62 @@ def test_a_commit_that_does_not_fit_changes_nothing_however_far_it_came(new_stor
     keys = fill(store, bytes(100))
     for key in keys[:100]:
         store.writer.publish({key: None})
-    before = store.items()
+    before, used = store.items(), set()
     for count in (150, 200, 400, 1000):
         with pytest.raises(StateFull):
             store.writer.publish({keys[200]: None} | {b"new %d" % n: bytes(100) for n in range(count)})
         assert store.items() == before
+        used.add(store.writer.bytes_used)
+    assert len(used) == 1
     store.writer.publish({b"new %d" % n: bytes(100) for n in range(20)})
     assert len(store.items()) == len(before) + 20
+
+
+def test_what_was_kept_for_a_pin_makes_room_as_soon_as_the_pin_is_gone(new_store):
+    store = new_store()
+    store.writer.publish({b"large": bytes(400_000)})
+    version = store.reader.pin()
+    store.writer.publish({b"large": b"small"})
+    store.writer.publish({b"first": bytes(500_000)})
+    for _ in range(2):
+        with pytest.raises(StateFull):
+            store.writer.publish({b"second": bytes(350_000)})
+    assert store.writer.bytes_pinned >= 400_000
+    store.reader.unpin(version)
+    store.writer.publish({b"second": bytes(350_000)})
+    assert (store.get(b"large"), store.get(b"second")) == (b"small", bytes(350_000))
+    assert store.writer.bytes_pinned == 0
+
+
+def test_what_no_pin_needs_makes_room_though_another_version_is_pinned(new_store):
+    store = new_store()
+    store.writer.publish({b"large": b"small"})
+    store.reader.pin()
+    store.writer.publish({b"large": bytes(400_000)})
+    store.writer.publish({b"large": b"small"})
+    store.writer.publish({b"first": bytes(500_000)})
+    store.writer.publish({b"second": bytes(350_000)})
+    assert store.get(b"second") == bytes(350_000)
+
+
+@pytest.mark.usefixtures("hashing")
+def test_nothing_that_a_version_in_use_reaches_is_free_after_a_takeover(new_store):
+    store = new_store(capacity=4 << 20)
+    keys = [b"%d" % number for number in range(200)]
+    roots = []
+    for size in (1, LIKE_A_NODE, 2000):
+        store.writer.publish(dict.fromkeys(keys[: 100 + size % 7], bytes(size)))
+        roots.append(store.reader.pin().root)
+    store.writer.publish(dict.fromkeys(keys, b"the last"))
+    words = store.segment.words
+    heir = store.another_writer()
+    taken = set()
+    for pointer in {pointer for root in (*roots, heir.tree[0]) for pointer in walk(words, root)}:
+        index = pointer >> 1
+        first, size = (index, _words_of(words, pointer)) if pointer & 1 else (index - 1, NODE)
+        taken |= set(range(first, first + block_size(size)))
+    free = {heir.arena.allocate(1) for _ in range(heir.arena.free)}
+    assert taken.isdisjoint(free)
 
 
 @pytest.mark.parametrize("size", [1, 50, 1000])
@@ -599,6 +693,7 @@ def test_keys_can_be_deleted_even_if_what_rests_is_not_room_enough(new_store):
         store.writer.publish({key: bytes(50)})
     store.writer.publish(dict.fromkeys(keys[:8]))
     assert len(store.items()) == len(keys) - 8
+    assert store.writer.arena.is_reserve_full, "the next delete may need it"
 
 
 def test_a_snapshot_never_shows_other_data_when_another_writer_has_taken_over(new_store):
@@ -642,6 +737,7 @@ class ArenaMachine(RuleBasedStateMachine):
         )
         self.arena = Arena(self.segment, "arena", NODE)
         self.arena.prepare()
+        assert self.arena.is_reserve_full
         self.reserve = self.arena.used
         self.blocks: dict[int, int] = {}
         self.total = self.arena.used + self.arena.free
@@ -676,6 +772,15 @@ class ArenaMachine(RuleBasedStateMachine):
         for _ in range(min(count, len(self.blocks))):
             index = data.draw(st.sampled_from(sorted(self.blocks)))
             self.arena.release(index, self.blocks.pop(index))
+
+    @precondition(lambda self: any(words <= arenas.EXACT for words in self.blocks.values()))
+    @rule(data=st.data())
+    def release_all_of_one_size(self, data: st.DataObject) -> None:
+        size = data.draw(st.sampled_from(sorted({words for words in self.blocks.values() if words <= arenas.EXACT})))
+        indexes = [index for index, words in self.blocks.items() if words == size]
+        for index in indexes:
+            del self.blocks[index]
+        self.arena.release_all(indexes, size)
 
     @rule(words=st.integers(1, 2000), size=st.integers(1, arenas.EXACT))
     def what_has_room_is_granted(self, words: int, size: int) -> None:
@@ -715,8 +820,18 @@ class ArenaMachine(RuleBasedStateMachine):
         assert self.arena.used == self.reserve + self._in_blocks()
         assert self.arena.used + self.arena.free == self.total
 
+    def _every_free_word_can_be_had(self) -> None:
+        taken = {word for index, size in self.blocks.items() for word in range(index, index + block_size(size))}
+        ones = [self.arena.allocate(1) for _ in range(self.arena.free)]
+        assert len(set(ones)) == len(ones)
+        assert taken.isdisjoint(ones)
+        with pytest.raises(StateFull):
+            self.arena.allocate(1)
+        self.arena.release_all(ones, 1)
+
     def teardown(self) -> None:
         try:
+            self._every_free_word_can_be_had()
             for index, words in self.blocks.items():
                 self.arena.release(index, words)
             self.blocks.clear()
@@ -732,6 +847,7 @@ def test_all_that_is_free_can_be_had_in_one_block_however_it_was_split(monkeypat
     segment = Segment.create(secrets.token_hex(6), "arena", capacity=1 << 16, slots=1, identity=Identity(1, 1, 0, 0))
     arena = Arena(segment, "arena", NODE)
     blocks = [arena.allocate(1) for _ in range(arena.free // 2)]
+    random.Random(0).shuffle(blocks)
     for index in blocks:
         arena.release(index, 1)
     try:
@@ -739,6 +855,57 @@ def test_all_that_is_free_can_be_had_in_one_block_however_it_was_split(monkeypat
     finally:
         segment.close()
         segment.unlink()
+
+
+@pytest.mark.parametrize("keep_gaps", [False, True])
+def test_the_arena_of_the_next_writer_knows_what_is_used_and_what_lies_between(monkeypatch, keep_gaps):
+    monkeypatch.setattr(segments, "STEP", segments.PAGE)
+    segment = Segment.create(secrets.token_hex(6), "arena", capacity=1 << 16, slots=1, identity=Identity(1, 1, 0, 0))
+    start, total = segment.arena, segment.size // WORD - segment.arena
+    Arena(segment, "arena", NODE).allocate(1200)
+    claimed = segment.words_claimed
+    used = [(start + 900, 70), (start, 10), (start + 20, NODE)]
+    arena = Arena(segment, "arena", NODE)
+    arena.rebuild(used, keep_gaps=keep_gaps)
+    taken = claimed - start if keep_gaps else 10 + NODE + 72
+    try:
+        assert (arena.used, arena.free, arena.is_reserve_full) == (taken, total - taken, False)
+        ones = {arena.allocate(1) for _ in range(arena.free)}
+        words = {word for index, size in used for word in range(index, index + block_size(size))}
+        everything = set(range(claimed if keep_gaps else start, segment.size // WORD))
+        assert ones == everything - words
+        with pytest.raises(StateFull):
+            arena.allocate(1)
+    finally:
+        segment.close()
+        segment.unlink()
+
+
+def test_the_largest_free_block_is_found_wherever_it_lies(monkeypatch):
+    monkeypatch.setattr(segments, "STEP", segments.PAGE)
+    segment = Segment.create(secrets.token_hex(6), "arena", capacity=1 << 16, slots=1, identity=Identity(1, 1, 0, 0))
+    arena = Arena(segment, "arena", NODE)
+    blocks = [arena.allocate(10) for _ in range(arena.free // 10)]
+    while arena.free:
+        arena.allocate(1)
+    for start, count in ((100, 50), (300, 2), (400, 3)):
+        arena.release_all(blocks[start : start + count], 10)
+    try:
+        assert arena.allocate(480) == blocks[100]
+        with pytest.raises(StateFull):
+            arena.allocate(31)
+        assert arena.allocate(30) == blocks[400]
+        assert len([arena.allocate(1) for _ in range(arena.free)]) == 40
+    finally:
+        segment.close()
+        segment.unlink()
+
+
+@pytest.mark.parametrize(
+    ("words", "size"), [(1, 1), (64, 64), (65, 72), (72, 72), (73, 80), (128, 128), (129, 144), (2048, 2048)]
+)
+def test_small_blocks_are_exact_and_large_ones_come_in_eighths(words, size):
+    assert block_size(words) == size
 
 
 def test_the_arena_hands_out_no_word_twice_and_loses_none(monkeypatch):

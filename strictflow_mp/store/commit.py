@@ -150,7 +150,13 @@ class StoreWriter:
         return self.arena.has_room(HEADROOM)
 
     def publish(self, changes: Mapping[bytes, bytes | None]) -> int:
-        """Commit: packed key -> packed value, None to delete (the key must be there). Return the new version.
+        """`commit`, then `tidy`. Return the new version."""
+        self.commit(changes)
+        self.tidy()
+        return self.version
+
+    def commit(self, changes: Mapping[bytes, bytes | None]) -> None:
+        """Commit: packed key -> packed value, None to delete (the key must be there). `tidy` comes before the next one.
 
         Raises:
             StateFull: there is no room, even with all that rests; nothing was changed.
@@ -177,16 +183,19 @@ class StoreWriter:
         publish_fence()
         words[W_VERSION] = version
         audit("strictflow_mp.commit.flipped")
-        self.receipts.committed()
         self.version, self._root, self._count = version, trie.root, trie.count
         self.latest = changes
+
+    def tidy(self) -> None:
+        """Put to rest what the last commit has replaced: what is left to do when readers can see it."""
+        trie, version = self.trie, self.version
+        self.receipts.committed()
         if trie.replaced:
             self._rest(version, trie.replaced)
         if not self.arena.is_reserve_full:
             self._reclaim(version)
             self.arena.refill_reserve()
         trie.begin(version + 1, trie.root, trie.count)
-        return version
 
     def _build(self, changes: Mapping[bytes, bytes | None]) -> tuple[int, int]:
         """Build the next version's tree, if need be with what rests, and (only to delete) with the reserve.

@@ -17,6 +17,7 @@ for any number of snapshots at different versions in one process.
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from bisect import bisect_left
 from collections import deque
@@ -72,6 +73,7 @@ class Pins:
                 self._words[word] = version + 1
             # The pin must be seen before HORIZON is looked at (store-load).
             fence()
+            sys.audit("strictflow_mp.pin.stored")
             if self._words[W_HORIZON] > version:
                 self._words[word] = before
                 return False

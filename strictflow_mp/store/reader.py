@@ -19,7 +19,7 @@ from ..errors import ProtocolError
 from ..segment import R_COUNT, R_ROOT, RECORD, RING, W_HORIZON, W_RING, W_VERSION, Segment
 from ..words import WEAK, WORD, read_fence
 from .pins import Pins
-from .trie import CELL_HEAD, KEY_SHIFT, LEVELS, PAYLOAD_MASK, Hash, deep_find, walk
+from .trie import CELL_HEAD, FANOUT, KEY_SHIFT, LEVELS, PAYLOAD_MASK, Hash, deep_find, walk
 
 __all__ = ["Cell", "Route", "StoreReader", "Version"]
 
@@ -256,6 +256,23 @@ class StoreReader:
             for pointer in walk(self._words, version.root):
                 if pointer & 1:
                     yield self._cell(pointer)
+        except IndexError:
+            raise _damaged(self._segment.name) from None
+
+    def cells_since(self, version: Version, since: int) -> Iterator[Cell]:
+        """Every cell of a pinned version that a version after *since* has written. Only their paths are walked."""
+        self._words, self._buffer = self._segment.claimed()
+        words = self._words
+        stack = [version.root] if version.root else []
+        try:
+            while stack:
+                pointer = stack.pop()
+                index = pointer >> 1
+                if pointer & 1:
+                    if words[index] > since:
+                        yield self._cell(pointer)
+                elif words[index - 1] > since:
+                    stack += filter(None, words[index : index + FANOUT].tolist())
         except IndexError:
             raise _damaged(self._segment.name) from None
 
