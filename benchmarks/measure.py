@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -19,6 +19,7 @@ __all__ = [
     "FIGURES",
     "FULL",
     "QUICK",
+    "SHARES",
     "Bound",
     "Figure",
     "Missing",
@@ -27,7 +28,10 @@ __all__ = [
     "Size",
     "child",
     "compare",
+    "duration",
     "figure",
+    "now",
+    "quantiles",
 ]
 
 Run = Callable[[int], float]
@@ -35,15 +39,19 @@ Run = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured: repetitions, seconds that a batch lasts (about), keys in a large state."""
+    """How much is measured: repetitions, seconds that a batch lasts (about), keys in a large state, bytes of a large
+    value, processes that are attached at a time, tasks that await."""
 
     repetitions: int
     seconds: float
     keys: int
+    large: int = 100_000_000
+    processes: tuple[int, ...] = (1, 2, 4, 8, 16, 64)
+    tasks: int = 1000
 
 
 FULL = Size(repetitions=25, seconds=0.03, keys=1_000_000)
-QUICK = Size(repetitions=3, seconds=0.02, keys=50_000)
+QUICK = Size(repetitions=3, seconds=0.02, keys=50_000, large=10_000_000, processes=(1, 2, 4, 8), tasks=200)
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,16 @@ class Bound:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a figure found: a value for each repetition, and in words both sides and what else was seen."""
+    """What a figure found: a value for each repetition, and in words both sides and what else was seen.
+
+    In *series*, by name, what the plots and the table of the alternatives show.
+    """
 
     values: list[float]
     ours: str
     peer: str = ""
     note: str = ""
+    series: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def median(self) -> float:
@@ -109,7 +121,10 @@ def figure(title: str, bound: Bound | None = None, unit: str = "×") -> Callable
 
 
 def compare(ours: Run, peer: Run, size: Size, *, peer_is: str, inverse: bool = False, note: str = "") -> Outcome:
-    """Time both in turns. The ratio is of the times for one operation, or (*inverse*) of operations a second."""
+    """Time both in turns. The ratio is of the times for one operation, or (*inverse*) of operations a second.
+
+    The series "ours" and "peer" are the seconds for one operation, by repetition.
+    """
     runs = (ours, peer)
     counts = [_fit(run, size.seconds) for run in runs]
     times: tuple[list[float], list[float]] = ([], [])
@@ -118,7 +133,8 @@ def compare(ours: Run, peer: Run, size: Size, *, peer_is: str, inverse: bool = F
             times[side].append(runs[side](counts[side]) / counts[side])
     ratios = [theirs / mine if inverse else mine / theirs for mine, theirs in zip(*times, strict=True)]
     mine, theirs = map(statistics.median, times)
-    return Outcome(ratios, duration(mine), f"{peer_is} {duration(theirs)}", note)
+    series = {"ours": times[0], "peer": times[1]}
+    return Outcome(ratios, duration(mine), f"{peer_is} {duration(theirs)}", note, series)
 
 
 def _fit(run: Run, seconds: float) -> int:
@@ -136,6 +152,16 @@ def duration(seconds: float) -> str:
         if seconds < 1000 * scale:
             return f"{seconds / scale:.3g} {unit}"
     return f"{seconds:.3g} s"
+
+
+SHARES = (*(share / 100 for share in range(0, 100, 2)), *(1 - 10 ** (-2 - step / 10) for step in range(31)))
+"""Of the operations: evenly up to 99 %, then more and more closely up to 99.999 %."""
+
+
+def quantiles(times: list[float]) -> list[float]:
+    """How long at most so many of the operations took, for each of `SHARES` that so few operations can tell."""
+    times = sorted(times)
+    return [times[int(share * len(times))] for share in SHARES if share <= 1 - 1 / len(times)]
 
 
 @contextmanager

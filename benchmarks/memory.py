@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from multiprocessing.connection import Connection
 
 import psutil
 from msgpack import packb
 
 from strictflow_mp import StrictFlow
 
-from .measure import Bound, Outcome, Size, figure
+from .measure import Bound, Outcome, Size, child, figure
 from .reads import VALUE
 
 
@@ -29,6 +30,45 @@ def empty(size: Size) -> Outcome:
             values.append(memory.rss / 1e6)
             unique.append(memory.uss / 1e6)
     return Outcome(values, f"{statistics.median(values):.1f} MB", note=f"{statistics.median(unique):.1f} MB its own")
+
+
+def attached(connection: Connection, flow: StrictFlow | None) -> None:
+    """In a child: read once, if there is a flow, and stay until the pipe is closed."""
+    if flow is not None:
+        flow.state["config"]
+    connection.send(None)
+    try:
+        connection.recv()
+    except EOFError:
+        pass
+
+
+@figure("memory of a worker beyond an interpreter that has imported the package", unit="MB")
+def worker(size: Size) -> Outcome:
+    """What is a process's own (USS) when it has attached and read one key, less the same of a process that has not.
+
+    Both are fresh interpreters that have imported this module. The segment's pages are shared, and not counted.
+    """
+    values, resident = [], []
+    with StrictFlow(state={"config": VALUE}) as flow:
+        for _ in range(min(size.repetitions, 5)):
+            found = []
+            for handle in (flow, None):
+                before = set(psutil.Process().children())
+                with child(attached, handle) as connection:
+                    connection.recv()
+                    (process,) = (set(psutil.Process().children()) - before) - set(_trackers())
+                    found.append(process.memory_full_info())
+            with_flow, without = found
+            values.append(max(1e-9, (with_flow.uss - without.uss) / 1e6))
+            resident.append(with_flow.rss / 1e6)
+    note = f"{statistics.median(resident):.1f} MB resident in all"
+    return Outcome(values, f"{statistics.median(values):.2f} MB", note=note)
+
+
+def _trackers() -> list[psutil.Process]:
+    """The resource tracker, which the first child may bring along."""
+    return [process for process in psutil.Process().children() if "resource_tracker" in " ".join(process.cmdline())]
 
 
 @figure("memory of a small key beyond its payload", Bound("≤", 160), "bytes")

@@ -14,7 +14,8 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
+from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from .measure import Missing, child, now
 __all__ = [
     "NAME",
     "echo",
+    "echoes",
     "lmdb_environment",
     "lmdb_writer",
     "manager_counter",
@@ -75,25 +77,46 @@ def lmdb_writer(connection: Connection, path: str) -> None:
 @contextmanager
 def echo() -> Iterator[socket.socket]:
     """One end of a socket pair; at the other, a process waits with epoll and sends back what arrives."""
-    here, there = socket.socketpair()
-    with here, child(_echo, there):
-        there.close()
-        try:
-            yield here
-        finally:
-            here.close()
+    with echoes(1) as (here,):
+        yield here
 
 
-def _echo(connection: Connection, sock: socket.socket) -> None:
+@contextmanager
+def echoes(count: int) -> Iterator[list[socket.socket]]:
+    """The same for so many socket pairs; one process serves them all."""
+    with ExitStack() as stack:
+        pairs = [socket.socketpair() for _ in range(count)]
+        here = [stack.enter_context(mine) for mine, _ in pairs]
+        there = [theirs for _, theirs in pairs]
+        with child(_echo, there):
+            for sock in there:
+                sock.close()
+            try:
+                yield here
+            finally:
+                for sock in here:
+                    sock.close()
+
+
+def _echo(connection: Connection, socks: list[socket.socket]) -> None:
+    """In a child: until its starter closes the pipe."""
     buffer = memoryview(bytearray(1 << 16))
-    with sock, select.epoll() as epoll:
-        epoll.register(sock, select.EPOLLIN)
+    by_descriptor = {sock.fileno(): sock for sock in socks}
+    with select.epoll() as epoll:
+        for descriptor in (connection.fileno(), *by_descriptor):
+            epoll.register(descriptor, select.EPOLLIN)
         while True:
-            for _ in epoll.poll():
-                count = sock.recv_into(buffer)
-                if not count:
+            for descriptor, _ in epoll.poll():
+                if descriptor == connection.fileno():
+                    for sock in socks:
+                        sock.close()
                     return
-                sock.send(buffer[:count])
+                sock = by_descriptor[descriptor]
+                count = sock.recv_into(buffer)
+                if count:
+                    sock.send(buffer[:count])
+                else:
+                    epoll.unregister(descriptor)
 
 
 @contextmanager
@@ -174,14 +197,21 @@ def spin(seconds: float) -> int:
     return at
 
 
+PACKAGES = ("lmdb", "redis", "hiredis", "EasyGlobals", "UltraDict", "sharedbox", "gunicorn", "numpy")
+
+
 def versions() -> dict[str, str]:
-    """The peers on this machine and their versions; "missing" where there is none."""
-    found = {"lmdb": "missing", "redis": "missing", "hiredis": "missing", "redis-server": "missing"}
-    for name in ("lmdb", "redis", "hiredis"):
+    """The peers on this machine and their versions; "missing" where there is none.
+
+    None is imported: some change the process that does.
+    """
+    found = {}
+    for name in PACKAGES:
         try:
-            found[name] = __import__(name).__version__
-        except ImportError:
-            pass
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "missing"
+    found["redis-server"] = "missing"
     if server := shutil.which("redis-server"):
         words = subprocess.run([server, "--version"], capture_output=True, text=True, check=True).stdout.split()
         found["redis-server"] = next((word[2:] for word in words if word.startswith("v=")), "?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,26 @@ import psutil
 
 import strictflow_mp
 
-from .measure import Figure, Outcome
+from .alternatives import ALTERNATIVES, OURS
+from .measure import FIGURES, Figure, Outcome, duration
 from .peers import versions
 
-__all__ = ["Conditions", "Row", "render", "write_json"]
+__all__ = ["Conditions", "Row", "fill_in", "read_json", "render", "write_json"]
 
 HEADINGS = ("figure", "ours", "beside", "value", "min … max", "bound", "met", "")
+SIDE_BY_SIDE = (
+    "alternative",
+    "read",
+    "÷ ours",
+    "read-modify-write",
+    "÷ ours",
+    "done by",
+    "gate",
+    "torn reads",
+    "survives a killed process",
+)
+BEGIN, END = "<!-- figures: python -m benchmarks --markdown -->", "<!-- end of the figures -->"
+"""Between these two lines `fill_in` puts the tables."""
 
 
 @dataclass(frozen=True)
@@ -99,17 +114,95 @@ class Conditions:
         }
 
 
+def _tables(rows: list[Row]) -> list[list[tuple[str, ...]]]:
+    """The figures, and side by side the alternatives: each with its headings, and only if it has a row."""
+    figures = [row.cells() for row in rows if row.figure.group != "alternatives"]
+    return [table for table in ([HEADINGS, *figures], [SIDE_BY_SIDE, *_alternatives(rows)]) if len(table) > 1]
+
+
+def _alternatives(rows: list[Row]) -> list[tuple[str, ...]]:
+    """Ours, then each alternative: what it takes, and what it promises for that."""
+    found = {row.figure.name: row for row in rows if row.figure.group == "alternatives"}
+    ours: dict[str, list[float]] = {"read": [], "change": []}
+    lines = []
+    for alternative in ALTERNATIVES:
+        cells = []
+        missing = ""
+        for which, known in ours.items():
+            row = found.get(f"alternatives.{alternative.word}_{which}")
+            if row is None or row.outcome is None:
+                cells += ["–", "–"]
+                missing = missing or (row.reason if row is not None else "")
+                continue
+            outcome = row.outcome
+            known.extend(outcome.series["ours"])
+            low, high = number(min(outcome.values)), number(max(outcome.values))
+            cells += [
+                duration(statistics.median(outcome.series["peer"])),
+                f"{number(outcome.median)} × ({low} … {high})",
+            ]
+        if missing or cells != ["–"] * 4:
+            promises = alternative.promises
+            told = (promises.change, promises.gate, promises.torn, promises.crash)
+            lines.append((alternative.name, *cells, missing or told[0], *told[1:]))
+    if not lines:
+        return []
+    read, change = (duration(statistics.median(times)) if times else "–" for times in ours.values())
+    mine = ("strictflow-mp", read, "1", change, "1", OURS.change, OURS.gate, OURS.torn, OURS.crash)
+    return [mine, *lines]
+
+
+def _about(about: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in about.items())
+
+
 def render(rows: list[Row], about: dict[str, Any]) -> str:
-    """The table as text."""
-    lines = [HEADINGS, *(row.cells() for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADINGS))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths[:-1]))
-    about_text = ", ".join(f"{name} {value}" for name, value in about.items())
-    return "\n".join([about_text, "", *text, ""])
+    """The tables as text."""
+    text = [_about(about)]
+    for lines in _tables(rows):
+        widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+        laid = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+        laid.insert(1, ["-" * width if heading else "" for width, heading in zip(widths, lines[0], strict=True)])
+        text += ["", *("  ".join(line).rstrip() for line in laid)]
+    return "\n".join([*text, ""])
+
+
+def markdown(rows: list[Row], about: dict[str, Any]) -> str:
+    """The tables as Markdown."""
+    text = [_about(about) + "."]
+    for lines in _tables(rows):
+        text += ["", *(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)]
+        text.insert(len(text) - len(lines) + 1, "| --- " * len(lines[0]) + "|")
+    return "\n".join([*text, ""])
+
+
+def fill_in(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
+    """Put the tables into a page, in place of those between its two marks.
+
+    Raises:
+        ValueError: the page has no such marks.
+    """
+    page = path.read_text()
+    if page.count(BEGIN) != 1 or page.count(END) != 1 or page.index(END) < page.index(BEGIN):
+        raise ValueError(f"{path} has no place for the figures: a line {BEGIN} and after it a line {END}")
+    before, after = page.partition(BEGIN)[0], page.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n\n{markdown(rows, about)}\n{END}{after}")
 
 
 def write_json(path: Path, rows: list[Row], about: dict[str, Any]) -> None:
     """The same, with the value of each repetition."""
     found = {"conditions": about, "figures": [row.as_dict() for row in rows]}
     path.write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:
+    """What `write_json` wrote; figures that there are no more are left out."""
+    found = json.loads(path.read_text())
+    known = {figure.name: figure for figure in FIGURES}
+    rows = []
+    for fields in found["figures"]:
+        if fields["name"] in known:
+            figure = known[fields["name"]]
+            parts = {name: fields[name] for name in ("values", "ours", "peer", "note", "series") if name in fields}
+            rows.append(Row(figure, Outcome(**parts) if parts else None, fields.get("skipped", "")))
+    return rows, found["conditions"]

@@ -16,10 +16,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))  # `benchmarks` lies beside the package; the package itself may be installed
 
 from benchmarks.__main__ import GROUPS, main  # noqa: E402
-from benchmarks.measure import FIGURES, Bound, Figure, Outcome, Size, compare  # noqa: E402
-from benchmarks.table import Row, render  # noqa: E402
+from benchmarks.alternatives import ALTERNATIVES  # noqa: E402
+from benchmarks.measure import FIGURES, SHARES, Bound, Figure, Outcome, Size, compare, quantiles  # noqa: E402
+from benchmarks.plots import PLOTS, draw  # noqa: E402
+from benchmarks.table import BEGIN, END, Row, fill_in, markdown, read_json, render, write_json  # noqa: E402
 
-TINY = Size(repetitions=2, seconds=0.001, keys=300)
+TINY = Size(repetitions=2, seconds=0.001, keys=300, large=100_000, processes=(1, 2, 3), tasks=10)
 RUN = f"""
 import os, sys, tempfile
 from benchmarks.__main__ import main
@@ -47,9 +49,31 @@ def benchmarks(run_python, tmp_path):
     return run
 
 
+PEERS = {
+    "alternatives.dirty_stash": ["gunicorn.dirty"],
+    "alternatives.easyglobals": ["EasyGlobals"],
+    "alternatives.lmdb": ["lmdb"],
+    "alternatives.redis": ["redis", "redis-server"],
+    "alternatives.sharedbox": ["sharedbox", "numpy"],
+    "alternatives.ultradict": ["UltraDict", "atomics"],
+    "large": ["numpy"],
+    "reads": ["lmdb"],
+    "writes.pipelined": ["redis", "redis-server"],
+}
+"""What is needed by the figures whose names begin like that."""
+
+
+def is_missing(peer):
+    if peer == "redis-server":
+        return not shutil.which(peer)
+    try:
+        return not importlib.util.find_spec(peer)
+    except ModuleNotFoundError:
+        return True
+
+
 def peer_is_missing(name):
-    module = {"reads": "lmdb", "writes": "redis"}[name.partition(".")[0]]
-    return not importlib.util.find_spec(module) or (module == "redis" and not shutil.which("redis-server"))
+    return any(name.startswith(begin) and any(map(is_missing, needed)) for begin, needed in PEERS.items())
 
 
 def test_one_run_measures_every_figure_and_prints_each(benchmarks):
@@ -58,7 +82,8 @@ def test_one_run_measures_every_figure_and_prints_each(benchmarks):
     assert {figure.group for figure in FIGURES} == set(GROUPS)
     for figure in FIGURES:
         row = found[figure.name]
-        assert figure.title in printed
+        if figure.group != "alternatives":
+            assert figure.title in printed
         if "skipped" in row:
             assert peer_is_missing(figure.name), row
             assert "not installed" in row["skipped"]
@@ -66,8 +91,10 @@ def test_one_run_measures_every_figure_and_prints_each(benchmarks):
         else:
             assert row["values"], row
             assert all(math.isfinite(value) and value > 0 for value in row["values"]), row
-            assert row["bound"] == str(figure.bound)
-            assert row["ours"] in printed
+            assert row["bound"] == (str(figure.bound) if figure.bound else None)
+            assert figure.group == "alternatives" or row["ours"] in printed
+    for alternative in ALTERNATIVES:
+        assert f"\n{alternative.name} " in printed
 
 
 def test_a_missing_peer_costs_its_own_figure_only(benchmarks, tmp_path):
@@ -108,6 +135,75 @@ def test_the_median_decides_and_the_table_says_when_repetitions_disagree(bound, 
     line = render([row], {}).splitlines()[-1]
     assert line.endswith(f"{bound} ×  {met}")
     assert f"{min(values):.3g} … {max(values):.3g}" in line
+
+
+def alternative_rows():
+    """Rows as of a run in which one peer was measured and one was missing; the others were not asked for."""
+    times = [1e-6, 2e-6, 3e-6]
+    series = {"ours": [1e-6], "peer": [4e-6], "ours, distribution": times, "peer, distribution": times}
+    figures = {figure.name: figure for figure in FIGURES}
+    return [
+        Row(figures["alternatives.manager_read"], Outcome([4.0, 5.0, 6.0], "1 µs", "Manager 4 µs", "", series)),
+        Row(figures["alternatives.ultradict_read"], None, "skipped: UltraDict is not installed"),
+    ]
+
+
+def test_alternatives_stand_side_by_side_with_what_they_do_not_do():
+    lines = render(alternative_rows(), {}).splitlines()
+    assert lines[2].split()[:3] == ["alternative", "read", "÷"]
+    ours, manager, ultradict = (" ".join(line.split()) for line in lines[4:])
+    assert ours.startswith("strictflow-mp 1 µs 1 – 1 a P1 task")
+    assert manager.startswith("Manager 4 µs 5 × (4 … 6) – – RLock, get, set no no no: a killed holder")
+    assert ultradict.startswith("UltraDict – – – – skipped: UltraDict is not installed no yes")
+
+
+def test_what_was_written_as_json_can_be_shown_again(tmp_path, capsys):
+    rows = alternative_rows()
+    file = tmp_path / "run.json"
+    write_json(file, rows, {"cores": 2})
+    assert read_json(file) == (rows, {"cores": 2})
+    page = tmp_path / "page.md"
+    page.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
+    assert main(["--from", str(file), "--markdown", str(page)]) == 0
+    assert capsys.readouterr().out == render(rows, {"cores": 2})
+    assert page.read_text() == f"# Before\n{BEGIN}\n\n{markdown(rows, {'cores': 2})}\n{END}\nafter\n"
+    assert main(["--from", str(file), "--markdown", str(page), "--only", "reads"]) == 0
+    assert page.read_text() == f"# Before\n{BEGIN}\n\ncores 2.\n\n{END}\nafter\n"
+
+
+def test_the_markdown_tables_are_tables():
+    lines = markdown(alternative_rows(), {"cores": 2}).splitlines()
+    assert lines[:2] == ["cores 2.", ""]
+    assert {line.count("|") for line in lines[2:]} == {10}
+    assert set(lines[3]) == set("|- ")
+
+
+def test_a_page_without_marks_is_left_alone(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing here")
+    with pytest.raises(ValueError, match="no place for the figures"):
+        fill_in(page, [], {})
+    assert page.read_text() == "nothing here"
+
+
+def test_the_page_has_its_marks_and_shows_every_plot():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    assert page.index(BEGIN) < page.index(END)
+    for name in PLOTS:
+        assert f"]({name})" in page
+
+
+def test_plots_are_small_and_those_without_figures_are_not_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    words = draw(alternative_rows(), tmp_path / "plots")
+    assert [file.name for file in (tmp_path / "plots").iterdir()] == ["latency.svg"]
+    assert 1000 < (tmp_path / "plots" / "latency.svg").stat().st_size < 100_000
+    assert sum("not drawn" in word for word in words) == len(PLOTS) - 1
+
+
+def test_quantiles_go_as_far_as_so_few_operations_can_tell():
+    assert quantiles([3.0, 1.0, 2.0, 4.0]) == [1.0] * 13 + [2.0] * 12 + [3.0] * 13
+    assert len(quantiles([1.0] * 10**5)) == len(SHARES)
 
 
 @pytest.mark.parametrize(("inverse", "ratio"), [(False, 0.25), (True, 4.0)])
