@@ -34,13 +34,10 @@ import posix_ipc
 
 from .processes import Identity
 from .segment import CONDEMNED, PREFIX, SERVING, STOPPED, W_STATUS, W_TENANCIES, Segment
+from .spin import look_for
 from .words import fence, publish_fence, read_fence
 
 __all__ = ["Gate", "GateKeeper", "Tenancy", "condemn", "semaphore_name", "unlink_semaphore"]
-
-SPIN = 50e-6
-"""Seconds that a reader looks at the words before it sleeps: about as long as a short P1 lasts. Waking an
-idle core costs about as much."""
 
 LEADER = "leader"
 NOBODY = -1
@@ -165,9 +162,8 @@ class Gate:
             return True
         began = time.monotonic()
         try:
-            while time.monotonic() - began < SPIN:
-                if _reached(finished, behind):
-                    return True
+            if look_for(lambda: _reached(finished, behind), False):
+                return True
             return self._wait_asleep(behind, deadline, check)
         finally:
             # Statistics: threads of one process may lose an update to each other.

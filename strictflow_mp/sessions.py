@@ -20,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from os import sched_yield
+from functools import partial
 from time import perf_counter
 from typing import Any
 
@@ -30,8 +30,9 @@ from .errors import ProtocolError
 from .gate import GateKeeper, Tenancy
 from .processes import Identity, open_pidfd
 from .segment import Segment
+from .spin import look_for
 from .store import Receipt, Receipts, clear_pins, has_pins
-from .wire import SPIN, Frame, Stream
+from .wire import Frame, Stream
 
 __all__ = ["Session", "Sessions"]
 
@@ -177,11 +178,9 @@ class Sessions:
         if timeout <= 0:
             return look(0)
         began = perf_counter()
-        if self._is_busy:
-            while perf_counter() - began < SPIN:
-                if events := look(0):
-                    return events
-                sched_yield()
+        events = (look(0) or look_for(partial(look, 0), [])) if self._is_busy else []
+        if events:
+            return events
         events = look(timeout)
         self._is_busy = perf_counter() - began < BUSY
         return events

@@ -36,13 +36,12 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from itertools import islice
-from os import sched_yield
-from time import perf_counter
 from typing import Any
 
 import msgpack
 
 from .errors import FAULTS, ProtocolError
+from .spin import look_for
 
 __all__ = ["MAX_FRAME", "PROTOCOL", "Frame", "Stream", "check_fields", "pack_frame", "unpack_frame"]
 
@@ -59,9 +58,6 @@ FUNCTION, CALL, PUT, CANCEL, STATS, STOP, GOODBYE, ACK, COUNT, WATCH = range(1, 
 RESULT, FAILURE, CANCELLED, REFUSED = range(1, 5)
 
 RECEIVE = 1 << 18
-
-SPIN = 50e-6
-"""Seconds that a thread looks for what it waits for before it sleeps: about as long as an idle core takes to wake."""
 
 _pack = msgpack.Packer(autoreset=True, unicode_errors="surrogatepass").pack
 
@@ -126,21 +122,15 @@ class Stream:
     def wait(self, seconds: float) -> bool:
         """Wait up to that long until something has arrived, or the other end has closed; whether it has.
 
-        Before it sleeps it looks for as long as waking up may take, for an answer often comes sooner. It gives way each
-        time, so that on a busy machine whoever is to answer has the core.
-
         Raises:
             ValueError, OSError: another thread has closed this end.
         """
         look = self._poll.poll
-        if seconds <= 0 or look(0):
-            return bool(seconds > 0 or look(0))
-        end = perf_counter() + min(SPIN, seconds)
-        while perf_counter() < end:
-            sched_yield()
-            if look(0):
-                return True
-        return bool(look(seconds * 1000))
+        if look(0):
+            return True
+        if seconds <= 0:
+            return False
+        return look_for(lambda: bool(look(0)), False) or bool(look(seconds * 1000))
 
     def fill(self) -> bool:
         """As `receive`, but leave the frames in `inbox`; False when the other end has closed.

@@ -18,7 +18,7 @@ import time
 import posix_ipc
 import pytest
 
-from strictflow_mp import FlowNotRunning, StrictFlow
+from strictflow_mp import FlowNotRunning, StrictFlow, spin
 from strictflow_mp import gate as gate_module
 from strictflow_mp.gate import Gate, GateKeeper, condemn, semaphore_name
 from strictflow_mp.processes import Identity
@@ -81,7 +81,7 @@ def house():
 @pytest.fixture
 def asleep(monkeypatch):
     """Readers sleep at once."""
-    monkeypatch.setattr(gate_module, "SPIN", 0)
+    monkeypatch.setattr(spin, "SPIN", 0)
 
 
 @pytest.fixture
@@ -222,7 +222,8 @@ def test_a_read_ends_with_the_error_of_whoever_found_the_coordinator_dead(house,
 
 
 def test_a_short_wait_spins_and_touches_no_semaphore(house, monkeypatch):
-    monkeypatch.setattr(gate_module, "SPIN", FOR_EVER)
+    monkeypatch.setattr(spin, "SPIN", FOR_EVER)
+    monkeypatch.setattr(spin, "_quiet_until", 0.0)
     house.gate(1).raise_flag(1)
     reader = Reader(Gate(house.segment, 2, semaphore=None))
     house.keeper.finish({1: 1})
@@ -420,7 +421,7 @@ def test_a_read_is_content_with_more_than_it_waited_for(house, asleep, eventuall
 
 
 def submit_and_read(segment_name, slot, semaphore, threads, rounds):
-    gate_module.SPIN, gate_module.SLICE = 0, FOR_EVER
+    spin.SPIN, gate_module.SLICE = 0, FOR_EVER
     gate = Gate(Segment.open(segment_name), slot, posix_ipc.Semaphore(semaphore))
     submitting = threading.Lock()
 
@@ -531,7 +532,7 @@ def test_a_handler_that_raises_at_any_instant_leaves_no_signal_blocked_and_no_lo
     script = """
         import os, random, secrets, signal, threading, time
         import posix_ipc
-        from strictflow_mp import gate as gate_module
+        from strictflow_mp import gate as gate_module, spin
         from strictflow_mp.gate import Gate, GateKeeper
         from strictflow_mp.processes import Identity
         from strictflow_mp.segment import CONDEMNED, SERVING, STARTING, STOPPED, W_STATUS, Segment
@@ -561,7 +562,7 @@ def test_a_handler_that_raises_at_any_instant_leaves_no_signal_blocked_and_no_lo
                 time.sleep(0.001)
             keeper.finish({1: 1})
 
-        gate_module.SPIN = 0
+        spin.SPIN = 0
         signal.signal(signal.SIGALRM, ring)
         token = secrets.token_hex(6)
         segment = Segment.create(token, "house", capacity=1, slots=2, identity=Identity(os.getpid(), 0, 0, 0))
