@@ -18,7 +18,7 @@ from . import leftovers, wire
 from .client import Client
 from .core import configured_level, logger
 from .errors import CoordinatorLost, FlowExists, FlowNotRunning, ProtocolError, StrictFlowError, TaskTimeout
-from .processes import Child, Identity, launch, open_pidfd
+from .processes import Child, Identity, launch, wait_for_end
 from .rendezvous import Lease, Place
 from .segment import PREFIX, W_RESTARTS, W_VERSION, Segment
 
@@ -34,8 +34,6 @@ FAILURES = 10
 """How often in a row it may fail at once before the owner gives up."""
 PAUSE = 0.05
 """Seconds before it is tried again when it has failed at once twice; doubled each time."""
-LOOK = 0.1
-"""Seconds between looks at a coordinator, where there is no pidfd."""
 
 
 class Owner:
@@ -259,7 +257,7 @@ class _Watcher:
         while True:
             began, before = time.monotonic(), self._work_done()
             child = owner.child
-            if not self._wait_for_end(child):
+            if not wait_for_end([child], self._wakeup):
                 os.read(self._wakeup, 64)
                 return
             failed_at_once = time.monotonic() - began < SHORT and self._work_done() <= before
@@ -271,23 +269,6 @@ class _Watcher:
             if not owner.replace(PAUSE * 2**self._failures if self._failures > 1 else 0.0):
                 self.is_watching = False
                 return
-
-    def _wait_for_end(self, child: Child) -> bool:
-        """Sleep until the coordinator has ended; False when the thread shall end instead."""
-        poll = select.poll()
-        poll.register(self._wakeup, select.POLLIN)
-        descriptor = open_pidfd(child.identity)
-        if descriptor >= 0:
-            poll.register(descriptor, select.POLLIN)
-        try:
-            while child.exitcode is None:
-                for ready, _ in poll.poll(None if descriptor >= 0 else LOOK * 1000):
-                    if ready == self._wakeup:
-                        return False
-        finally:
-            if descriptor >= 0:
-                os.close(descriptor)
-        return True
 
 
 def _segment_of(name: str) -> Segment | None:

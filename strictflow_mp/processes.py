@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import subprocess
 
-__all__ = ["Child", "Identity", "launch", "let_interrupts_in", "open_pidfd"]
+__all__ = ["Child", "Identity", "launch", "let_interrupts_in", "open_pidfd", "wait_for_end"]
 
 
 def start_time(pid: int) -> int | None:
@@ -185,6 +185,33 @@ class Child:
 
     def __repr__(self) -> str:
         return f"<Child pid={self.pid} exitcode={self.exitcode}>"
+
+
+LOOK = 0.1
+"""Seconds between looks at children, where there is no pidfd."""
+
+
+def wait_for_end(children: list[Child], wakeup: int) -> bool:
+    """Sleep until one of the children has ended; False when there is something to read from *wakeup* instead."""
+    import select  # needed by those who have children
+
+    poll = select.poll()
+    poll.register(wakeup, select.POLLIN)
+    descriptors = [open_pidfd(child.identity) for child in children]
+    try:
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                poll.register(descriptor, select.POLLIN)
+        timeout = LOOK * 1000 if -1 in descriptors else None
+        while all(child.exitcode is None for child in children):
+            for ready, _ in poll.poll(timeout):
+                if ready == wakeup:
+                    return False
+        return True
+    finally:
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
 
 
 _children: list[Child] = []

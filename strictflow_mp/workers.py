@@ -9,6 +9,7 @@ import inspect
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ import cloudpickle
 from . import functions
 from .byvalue import dumps
 from .core import configured_level, logger, setup_logging
-from .processes import Child, launch, let_interrupts_in
+from .processes import Child, launch, let_interrupts_in, wait_for_end
 
 __all__ = ["Restart", "Worker", "WorkerGroup", "main"]
 
@@ -97,6 +98,7 @@ class WorkerGroup:
             raise
         self._supervisor: threading.Thread | None = None
         if restart != "never":
+            self._wakeup, self._wake = socket.socketpair()
             self._supervisor = threading.Thread(target=self._supervise, name="strictflow-supervisor", daemon=True)
             self._supervisor.start()
 
@@ -111,10 +113,14 @@ class WorkerGroup:
         return launch("strictflow_mp.workers:main", message)
 
     def _supervise(self) -> None:
+        with self._wakeup, self._wake:
+            self._restart_those_who_end()
+
+    def _restart_those_who_end(self) -> None:
         pauses = dict.fromkeys(self.workers, PAUSE)
         began = {worker: time.monotonic() for worker in self.workers}
         watched = set(self.workers)
-        while watched and not self._ending.wait(0.02):
+        while watched and wait_for_end([worker._child for worker in watched], self._wakeup.fileno()):
             for worker in list(watched):
                 code = worker.exitcode
                 if code is None:
@@ -151,6 +157,10 @@ class WorkerGroup:
         self._ending.set()
         supervisor = getattr(self, "_supervisor", None)
         if supervisor is not None:
+            try:
+                self._wake.send(b"\0")
+            except OSError:
+                pass  # it has ended, and closed it
             supervisor.join()
         for worker in self.workers:
             worker.terminate()
