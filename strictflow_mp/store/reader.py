@@ -26,7 +26,7 @@ __all__ = ["Cell", "Route", "StoreReader", "Version"]
 TRIES = 16
 """Plain reads that the horizon may overtake before a read takes a pin."""
 
-PINNING = 10_000
+PINNING = 1_000
 """Pins that commits may overtake: each try has a newer version, so that never happens in a sound segment."""
 
 ARRAYS = 0xC1
