@@ -6,8 +6,8 @@
    Processes   A coordinator that is killed between any two of its steps, DEATHS times, and each time has a successor;
                a client with TASKS P1 tasks; and one of: it reads at any moment; it may take back its last task; another
                process begins one read at any moment.
-   Abstracted  A P1 sets its bit in the tree; its seq and its number in the gate are one. Slot 0, BASE, P2, functions and
-               tasks that fail are left out, and so are HORIZON and reuse (pins.pml) and sleeping (waiting.pml). Times
+   Abstracted  A P1 sets its bit in the tree; its seq and its number in the gate are one. A task fails only
+               in the scene in which the client reads. Slot 0, BASE, P2 and functions are left out, and so are HORIZON and reuse (pins.pml) and sleeping (waiting.pml). Times
                are any times: the grace may be over at once, and a process may stop for as long as it likes. Memory is
                sequentially consistent. T5 stands behind T6 here; in the code it is behind T7 as well, but ahead of the
                loop that admits, which is the same.
@@ -16,6 +16,7 @@
                   then it has no effect and is not run again; as cancelled only if it has no effect (assert).
                2  The client never reads a state without what it had submitted (assert).
                3  Nor does another process, unless the grace was over (assert); and its read ends (no invalid end state).
+               4  A task that a read of the client has passed without its effect is not run any more (assert).
 */
 
 /* Mutants */
@@ -31,6 +32,7 @@
 #define OUTDATED_FIRST     10  /* a read looks at RESTARTS ahead of the flag only, and not behind it */
 #define RESTARTS_LATE      11  /* a client that came back takes RESTARTS from memory, not from who welcomed it */
 #define UNREAD_FIRST       12  /* a task is awaited before it is pending: a thread that settles another acks it */
+#define FAILED_UNWRITTEN   13  /* a burst of which nothing is left to commit commits no receipts either */
 
 #ifndef MUTANT
 #define MUTANT 0
@@ -74,6 +76,7 @@ byte welcomed;                                    /* RESTARTS of the coordinator
 /* Ghosts */
 byte deaths;
 byte told, must, forsaken, victims;               /* submits returned; owed to the other read; lifted; ran at a death */
+byte raised, passed;                             /* ran last without effect; a read has passed it without effect */
 byte took_back, failed, resolved;
 bool is_fresh;                                    /* VERSION is still that of the client's last read */
 
@@ -102,16 +105,18 @@ inline publish() {                                /* C3 to C5 */
     }
 }
 
+#define KIND(seq) (raised & bit(seq) -> CRASHED : RESULT)
+
 inline answer() {
     atomic { mortal(); seq = 0;
         do
-        :: seq < TASKS -> if :: (burst & bit(seq)) && connected -> answers!RESULT, seq :: else fi; seq++
+        :: seq < TASKS -> if :: (ran & bit(seq)) && connected -> answers!KIND(seq), seq :: else fi; seq++
         :: else -> break
         od; seq = 0 }
 }
 
 active proctype Coordinator() {
-    byte r_ok, r_crashed, a_ok, a_crashed, burst, last, seq, ack, block = 1, waiting, count;
+    byte r_ok, r_crashed, a_ok, a_crashed, burst, ran, last, seq, ack, block = 1, waiting, count;
     mtype kind;
     chan queue = [TASKS + 2] of { byte, bool };   /* seq, whether to run it */
     bool runs, away, is_heir;
@@ -155,7 +160,7 @@ end:do
             :: kind == TASK ->
                 r_ok = r_ok & ~below(ack); r_crashed = r_crashed & ~below(ack);
                 if
-                :: a_ok & bit(seq) -> queue!seq, false; if :: connected -> answers!RESULT, seq :: else fi
+                :: a_ok & bit(seq) -> queue!seq, false; if :: connected -> answers!KIND(seq), seq :: else fi
                 :: a_crashed & bit(seq) -> queue!seq, false; if :: connected -> answers!CRASHED, seq :: else fi
                 :: else -> queue!seq, true; waiting = waiting | bit(seq)
                 fi
@@ -171,9 +176,14 @@ end:do
                 atomic { waiting = waiting & ~bit(seq);
                          assert(!(victims & bit(seq)));               /* never again after a crash */
                          assert(!((committed | burst) & bit(seq)));   /* at most once */
+                         assert(!(passed & bit(seq)));                /* nor behind a reader's back */
                          suspect = seq + 1 };             /* C1: it runs */
                 atomic { mortal(); suspect = 0;           /* C2 */
-                         burst = burst | bit(seq); r_ok = r_ok | bit(seq) }
+                         if
+                         :: raised = raised & ~bit(seq); burst = burst | bit(seq)
+                         :: scene == READS -> raised = raised | bit(seq)          /* it fails */
+                         fi;
+                         ran = ran | bit(seq); r_ok = r_ok | bit(seq) }
             :: else
             fi;
             atomic { seq = 0; runs = false }
@@ -182,12 +192,16 @@ end:do
 #if MUTANT == ANSWER_FIRST
         answer();
 #endif
+#if MUTANT == FAILED_UNWRITTEN
         if :: burst -> publish() :: else fi;
+#else
+        if :: ran -> publish() :: else fi;
+#endif
         atomic { mortal(); finish(last) };        /* C6 */
 #if MUTANT != ANSWER_FIRST
         answer();
 #endif
-        atomic { burst = 0; last = 0; count = 0 }
+        atomic { burst = 0; ran = 0; last = 0; count = 0 }
     :: atomic { away && submitted > finished ->   /* the grace is over */
             if
             :: scene == WATCHED ->
@@ -209,7 +223,7 @@ dead:
         if :: suspect -> victims = victims | bit(suspect - 1) :: else fi;
         do :: nempty(pipe) -> pipe?kind, seq, ack :: empty(pipe) -> break od;
         do :: nempty(queue) -> queue?seq, runs :: empty(queue) -> break od;
-        r_ok = 0; r_crashed = 0; a_ok = 0; a_crashed = 0; burst = 0; last = 0; seq = 0; ack = 0; block = 0; waiting = 0;
+        r_ok = 0; r_crashed = 0; a_ok = 0; a_crashed = 0; burst = 0; ran = 0; last = 0; seq = 0; ack = 0; block = 0; waiting = 0;
         count = 0; kind = 0; runs = false; away = false; is_heir = true;
         connected = false; listening = false; knock = 0;
         goto again }
@@ -218,7 +232,7 @@ dead:
 /* The client */
 
 #define outdated (restarts != mine && pending)
-#define crash_or_cancel (victims | took_back | cancelling)
+#define without_effect (victims | raised | took_back | cancelling)
 
 inline settle() {
     atomic { answers?kind, seq;
@@ -227,7 +241,7 @@ inline settle() {
             pending = pending & ~bit(seq); resolved = resolved | bit(seq);
             if
             :: kind == RESULT -> assert(committed & bit(seq))
-            :: kind == CRASHED -> failed = failed | bit(seq); assert(victims & bit(seq))
+            :: kind == CRASHED -> failed = failed | bit(seq); assert((victims | raised) & bit(seq))
             :: kind == CANCELLED -> took_back = took_back | bit(seq)
             fi;
             assert(!((failed | took_back) & committed));
@@ -312,7 +326,7 @@ pass:   if :: outdated -> come_back() :: else fi;
 #endif
         atomic { is_fresh = true; fresh_tree = committed };
 seen_fresh:
-        atomic { assert(!(told & ~fresh_tree & ~crash_or_cancel)); target = 0 }
+        atomic { assert(!(told & ~fresh_tree & ~without_effect)); passed = passed | (told & ~fresh_tree); target = 0 }
     :: next == TASKS && !pending -> break
     od;
     finished >= submitted;                        /* no flag stays up */

@@ -33,6 +33,11 @@ class Answers:
         self.notices: Notices[Session] = Notices()
         self._sealed_frames = 0  # of `_frames`, those that were there before the last seal
 
+    @property
+    def owes(self) -> bool:
+        """Whether a process waits for what was added since `seal`: tasks that tasks submit die with us."""
+        return any(call.session is not None for call in self.unsealed)
+
     def add(self, call: Call) -> None:
         """A P1 has run."""
         self.unsealed.append(call)
@@ -56,7 +61,7 @@ class Answers:
             session = first.session
             if session is None:
                 continue
-            if first.failure is None:
+            if not first.answer:
                 number, flag = first.number, first.flag
                 payloads = [first.payload]
                 while position < end:
@@ -64,7 +69,7 @@ class Answers:
                     ahead = position - start
                     if call.session is not session or call.number - number != ahead or call.flag - flag != ahead:
                         break
-                    if call.failure is not None:
+                    if call.answer:
                         break
                     payloads.append(call.payload)
                     position += 1

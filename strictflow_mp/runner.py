@@ -13,6 +13,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from types import CoroutineType
 from typing import Any
 
@@ -100,8 +101,10 @@ class Runner:
             burst.publish()
         except StateFull as full:
             for job in answers.unsealed:
-                if job.failure is None:
+                if not job.answer:
                     self.fail(job, full)
+            with suppress(StateFull):
+                burst.publish()  # that they have failed: it takes the room of their receipts only
         priority.reset(token)
         gate.finish(numbers, self._inside.first_due())
         self._answer_writes(jobs)
@@ -305,6 +308,14 @@ class Runner:
         token = priority.set(job.priority)
         logger.warning("%s failed, nothing was committed: %r", job.name, error)
         priority.reset(token)
+
+    def take_back(self, job: Call) -> None:
+        """A task that waits was cancelled: tell its process."""
+        job.answer = wire.pack_frame(wire.CANCELLED, job.number)
+        if job.priority == 1:
+            # Not to be run by the next coordinator either, when it is sent there again.
+            self._answers.add(job)
+        self.send(job)
 
     def send(self, job: Call) -> None:
         """Send a prepared answer."""

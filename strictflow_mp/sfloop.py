@@ -194,14 +194,17 @@ class SFLoop:
         elif kind == wire.CANCEL:
             wire.check_fields(frame, int, int)
             job = self.scheduler.cancel(session.slot, frame[2])
-            if job is not None and job.priority == 2:
-                session.queued -= 1
             is_back = job is not None or self.runner.notices.drop(session, frame[2])
-            if not is_back:
-                self.runner.cancel_async(session.slot, frame[2])
-            self._reply(session, frame[1], is_back)
-            if is_back:
+            if job is not None:
+                if job.priority == 2:
+                    session.queued -= 1
+                self.runner.take_back(job)
+            elif is_back:
                 self.sessions.send(session, wire.pack_frame(wire.CANCELLED, frame[2]))
+            else:
+                self.runner.cancel_async(session.slot, frame[2])
+            # Last: who has this believes it, and might submit the task again if it knew only that.
+            self._reply(session, frame[1], is_back)
         elif kind == wire.STATS:
             wire.check_fields(frame, int)
             self._reply(session, frame[1], self.inside.stats())

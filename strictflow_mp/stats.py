@@ -45,7 +45,8 @@ class FlowStats:
     """The state of a flow, at one moment. Counts and latencies by priority: ``{1: ..., 2: ...}``.
 
     P2 counts are those of tasks that SF-LOOP ran; reads of ``flow.state`` in other processes cost nothing and
-    are not counted. Times are seconds, sizes bytes.
+    are not counted. Times are seconds, sizes bytes. *version* counts commits: a task that failed or changed nothing
+    makes one too, which says so.
     """
 
     name: str

@@ -29,6 +29,10 @@ Changes = dict[bytes, bytes | None]
 class Ledger(Protocol):
     """Where it is written down whose tasks a commit holds (`answers`)."""
 
+    @property
+    def owes(self) -> bool:
+        """Whether a task has run that the next coordinator must hear of, though it may have changed nothing."""
+
     def add(self, call: Any) -> None:
         """A task has run."""
 
@@ -121,10 +125,7 @@ class Burst:
             self.publish()
             self._ledger.add(call)
             self._changes = dict(changes)
-            try:
-                self.publish()
-            finally:
-                self._begin()
+            self.publish()
             return
         self._ledger.add(call)
         self._weight = weight
@@ -133,10 +134,13 @@ class Burst:
             del self._plain[key]
 
     def publish(self) -> None:
-        """Commit what was applied, if it amounts to anything.
+        """Commit what was applied, and that its tasks have run.
+
+        A task that failed or changed nothing is committed too: else the next coordinator would run it once more, behind
+        the back of whoever has read what it left.
 
         Raises:
-            StateFull: there is no room; nothing is committed.
+            StateFull: there is no room; nothing is committed, and what was applied is gone.
         """
         changes = self._changes
         if None in changes.values():
@@ -146,7 +150,8 @@ class Burst:
                 for key, payload in changes.items()
                 if payload is not None or self._committed(key) is not None
             }
-        if changes:
+        self._begin()
+        if changes or self._ledger.owes:
             self.tidy()
             self._ledger.seal()
             try:
@@ -155,8 +160,8 @@ class Burst:
                 self._ledger.revoke()
                 raise
             self._is_tidy = False
-            self._ledger.committed(self._writer.version, changes)
-        self._begin()
+            if changes:
+                self._ledger.committed(self._writer.version, changes)
 
     def tidy(self) -> None:
         """Do what a commit leaves to be done, when there is time."""

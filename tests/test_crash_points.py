@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -352,6 +352,30 @@ def test_wherever_the_coordinator_dies_at_work_each_task_takes_effect_once_and_r
             assert not crashed
         assert flow.stats().restarts == 2
         eventually(lambda: semaphores(flow) == {worker.slot for worker in flow.stats().workers})
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_task_that_changed_nothing_is_not_run_again_once_reads_have_passed_it(plan, fails, tmp_path):
+    runs = tmp_path / "runs"
+    with new_flow() as flow:
+
+        @write(flow)
+        def look(path):
+            with open(path, "a") as file:
+                file.write("x")
+            if fails:
+                raise LookupError
+            return "seen"
+
+        with pytest.raises(LookupError) if fails else nullcontext():
+            look(str(runs)).result()
+        plan.make(("gate.finished", 1))
+        future = look(str(runs))
+        assert flow.state["last"] == 0
+        assert outcome(future) == (LookupError if fails else "seen")
+        assert not plan.left
+        assert flow.stats().restarts == 1
+        assert runs.read_text() == "xx"
 
 
 @pytest.mark.parametrize("event", NEXT_START)

@@ -164,6 +164,26 @@ def test_a_full_state_rolls_the_task_back_and_stays_intact():
     assert caught.value.flow == "full"
 
 
+def fill(state):
+    while True:
+        state[len(state)] = bytes(1000)
+
+
+def test_what_found_no_room_never_comes_back_and_a_deletion_makes_room():
+    with StrictFlow("full", capacity=1 << 20, state=FIRST) as flow:
+        with pytest.raises(StateFull):
+            fill(flow.state)
+        refused = len(flow.state)
+        with pytest.raises(StateFull):
+            flow.update({refused: bytes(1000), "more": bytes(1000)}).result()
+        for key in range(len(FIRST), refused):
+            del flow.state[key]
+            assert refused not in flow.state
+        assert flow.state == FIRST
+        flow.state[refused] = bytes(1000)
+        assert flow.state == {**FIRST, refused: bytes(1000)}
+
+
 BAD_CALLS = {
     "empty name": (lambda: StrictFlow(""), ValueError),
     "a name that is none": (lambda: StrictFlow(5), ValueError),

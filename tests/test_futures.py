@@ -13,6 +13,7 @@ import pytest
 from holding import held, is_inside
 
 from strictflow_mp import StrictFlow, TaskFailed, TaskFuture, read, write
+from strictflow_mp.store import read_receipts
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_a_started_task_cannot_be_cancelled(flow):
 
 
 @pytest.mark.parametrize("decorate", [write, read])
-def test_a_task_that_was_cancelled_never_runs_and_one_that_was_not_does(flow, log, tmp_path, decorate):
+def test_a_task_that_was_cancelled_never_runs_and_one_that_was_not_does(flow, log, tmp_path, decorate, eventually):
     touch = decorate(flow)(lambda name: (tmp_path / name).touch())
     outcomes = {}
     with cf.ThreadPoolExecutor(1) as pool:
@@ -112,6 +113,10 @@ def test_a_task_that_was_cancelled_never_runs_and_one_that_was_not_does(flow, lo
     for ask in (queued.result, queued.exception, lambda: asyncio.run(asyncio.wait_for(queued, 60))):
         with pytest.raises((cf.CancelledError, asyncio.CancelledError)):
             ask()
+    if decorate is write:
+        # Nor would the next coordinator run it, though it were sent there.
+        segment = flow._client.attach().segment
+        eventually(lambda: queued.number in {receipt.seq for receipt in read_receipts(segment)})
     assert log("after").result() == "after"
     assert {name: not (tmp_path / name).exists() for name in outcomes} == outcomes
 
