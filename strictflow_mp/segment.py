@@ -44,15 +44,16 @@ from __future__ import annotations
 import errno
 import os
 import struct
-import sys
-import threading
-from multiprocessing import resource_tracker, shared_memory
+from typing import TYPE_CHECKING
 
 import posix_ipc
 
 from .errors import ProtocolError, StateFull
 from .processes import Identity
 from .words import WORD, publish_fence, words_of
+
+if TYPE_CHECKING:
+    from .mapping import Mapping
 
 __all__ = ["PREFIX", "Segment"]
 
@@ -88,56 +89,11 @@ def _round_up(number: int, unit: int) -> int:
     return -(-number // unit) * unit
 
 
-class _Mapping(shared_memory.SharedMemory):
-    """`SharedMemory` whose close leaves the mapping alone while somebody still looks at it.
+def _map(name: str, size: int = 0) -> Mapping:
+    """Create (size > 0) or open a mapping."""
+    from .mapping import Mapping
 
-    An array that a reader holds is a view on the mapping; it must outlive the handle.
-    """
-
-    def close(self) -> None:
-        try:
-            super().close()
-        except BufferError:
-            descriptor: int = getattr(self, "_fd", -1)
-            if descriptor >= 0:  # the mapping has one of its own, for as long as it lives
-                os.close(descriptor)
-                self._fd = -1
-
-    def unlink(self) -> None:
-        """Nothing: the base class unlinks when it cannot map, even what it has only opened."""
-
-
-_tracker_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    global _tracker_lock
-    _tracker_lock = threading.Lock()
-
-
-os.register_at_fork(after_in_child=_renew_lock)
-
-
-def _map(name: str, size: int) -> _Mapping:
-    """Create (size > 0) or open a mapping that the resource tracker never hears of.
-
-    The tracker would unlink the segment when the process that it watches dies, while others use it.
-    """
-    create = size > 0
-    if sys.version_info >= (3, 13):
-        return _Mapping(name, create=create, size=size, track=False)
-    with _tracker_lock:
-        register = resource_tracker.register
-
-        def register_others(other: str, rtype: str) -> None:
-            if other.lstrip("/") != name:
-                register(other, rtype)
-
-        resource_tracker.register = register_others  # type: ignore[assignment]
-        try:
-            return _Mapping(name, create=create, size=size)
-        finally:
-            resource_tracker.register = register
+    return Mapping.of(name, size)
 
 
 class Segment:
@@ -149,7 +105,7 @@ class Segment:
         slots: how many slots there are, the coordinator's own included.
     """
 
-    def __init__(self, name: str, mapping: _Mapping, slots: int, size: int) -> None:
+    def __init__(self, name: str, mapping: Mapping, slots: int, size: int) -> None:
         self.name = name
         self.slots = slots
         self.size = size
@@ -231,7 +187,7 @@ class Segment:
             ProtocolError: it is not a segment of this library, or of another layout.
         """
         try:
-            mapping = _map(name, 0)
+            mapping = _map(name)
         except ValueError as error:  # it is empty
             raise _foreign(name) from error
         try:

@@ -13,7 +13,7 @@ If we die here: a word holds its old or its new value, never a mixture.
 
 from __future__ import annotations
 
-import platform
+import os
 from _thread import allocate_lock
 from collections.abc import Callable
 
@@ -22,7 +22,7 @@ __all__ = ["WEAK", "WORD", "fence", "publish_fence", "read_fence", "words_of"]
 WORD = 8
 """Bytes in a word."""
 
-TOTAL_STORE_ORDER = platform.machine().lower() in {"x86_64", "amd64"}
+TOTAL_STORE_ORDER = os.uname().machine.lower() in {"x86_64", "amd64"}
 """Whether the machine keeps load-load and store-store order (x86-64)."""
 
 WEAK = not TOTAL_STORE_ORDER

@@ -206,3 +206,12 @@ def test_a_longer_path_is_noticed(monkeypatch, name, owner, method):
 
 def test_a_longer_p1_is_noticed():
     assert p1(lambda: lengthen(GateKeeper, "finish", LIMITS["p1"] // 2)) > LIMITS["p1"]
+
+
+HEAVY = ["asyncio", "cloudpickle", "hashlib", "json", "multiprocessing.shared_memory", "numpy", "psutil", "subprocess"]
+"""Modules that take longer to load than all of ours; they come when they are first needed."""
+
+
+def test_importing_the_package_loads_nothing_heavy(run_python):
+    done = run_python(f"import sys, strictflow_mp; print([name for name in {HEAVY} if name in sys.modules])")
+    assert done.stdout == "[]\n", done.stderr
