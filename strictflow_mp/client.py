@@ -106,8 +106,18 @@ class Client:
             self.is_stopped = False
             audit("strictflow_mp.attach.welcomed")
             self._attachment = attachment
-            self.state.bind(attachment.segment, attachment.gate, attachment.reader)
+            self._bind(attachment, attachment.segment.words[W_RESTARTS])
             return attachment
+
+    def _bind(self, attachment: Attachment, restarts: int) -> None:
+        self.state.bind(attachment.segment, attachment.gate, attachment.reader, restarts)
+
+    def rebind(self, reader: StoreReader, restarts: int) -> None:
+        """For `FlowState`: it has passed the gate behind a restart."""
+        with self._attaching:
+            attachment = self._attachment
+            if attachment is not None and not attachment.is_lost and attachment.reader is reader:
+                self._bind(attachment, restarts)
 
     def close(self) -> None:
         """Detach. Futures that are still due are lost; a later use attaches again."""

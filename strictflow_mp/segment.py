@@ -61,7 +61,7 @@ PREFIX = "sfmp-"
 """How the names of all shared objects of this library begin."""
 
 MAGIC = int.from_bytes(b"SFLOWMP\x01", "little")
-LAYOUT = 3
+LAYOUT = 4
 
 W_MAGIC, W_LAYOUT, W_SIZE, W_SLOTS, W_PID, W_START, W_KEY, W_RESTARTS = 0, 1, 2, 3, 4, 5, 8, 10
 W_VERSION, W_STATUS, W_HORIZON, W_CLAIMED, W_NAME, W_RING = 16, 17, 24, 25, 64, 128

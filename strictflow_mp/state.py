@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
 from .segment import W_RESTARTS, W_VERSION, Segment
-from .store import Cell, Route, StoreReader, Version
+from .store import Cell, Found, Route, StoreReader, Version
 from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
 
 __all__ = ["FlowState", "Snapshot", "View", "decode", "pack_changes", "pack_deletes", "scope"]
@@ -169,13 +169,17 @@ class Host(Protocol):
     def reader(self) -> StoreReader:
         """Attach if need be, return the reader."""
 
+    def rebind(self, reader: StoreReader, restarts: int) -> None:
+        """Have the state bound anew, if that is still our reader."""
+
     def write(self, changes: dict[bytes, bytes | None]) -> None:
         """Commit a ready-made P1 and wait for it."""
 
 
-Entry = tuple[int, Any, int, int, Route]
+Entry = tuple[int, Any, int, int, Route, int]
 """What is known of a key: the version at which it was last looked up, its value, the version that wrote that, the bytes
-that it takes here, and its route. Replaced whole, never changed: a slower thread's entry is merely looked up again."""
+that it takes here, its route, and the place of its cell. Replaced whole, never changed: a slower thread's entry is
+merely looked up again."""
 
 
 class _Cache:
@@ -232,10 +236,9 @@ class FlowState(MutableMapping[Any, Any]):
         self._scopes: dict[int, None] = {}  # one for each worker-side P2 under way, in any thread
         self.unbind()
 
-    def bind(self, segment: Segment, gate: Gate, reader: StoreReader) -> None:
-        """Look at a segment from now on."""
+    def bind(self, segment: Segment, gate: Gate, reader: StoreReader, restarts: int) -> None:
+        """Look at a segment from now on, until yet another coordinator has taken over."""
         cache = _Cache(self._cache_bytes)
-        restarts = segment.words[W_RESTARTS]
         # One tuple, so that no thread looks at one flow's gate and at another's versions.
         self._bound: Any = (gate.submitted, gate.finished, segment.words, cache.entries, cache, reader, restarts)
 
@@ -251,10 +254,20 @@ class FlowState(MutableMapping[Any, Any]):
                 entry = entries[key]
             except (KeyError, TypeError):
                 return self._read(key)
-            if entry[0] == words[W_VERSION]:
+            version = words[W_VERSION]
+            if entry[0] == version:
                 return entry[1]
             if words[W_RESTARTS] == restarts:
-                return self._look_up(reader, cache, key, entry[4], entry)
+                followed = reader.follow(version, entry[5], entry[0])
+                if followed is None:
+                    return self._look_up(reader, cache, key, entry[4], entry)
+                place, birth, payload = followed
+                if payload is not None:
+                    return self._renew(cache, key, entry, (version, birth, payload, place))
+                if birth:
+                    return self._read_arrays(reader, key, entry[4])
+                entries[key] = (version, entry[1], entry[2], entry[3], entry[4], place)
+                return entry[1]
         return self._read(key)
 
     def _read(self, key: Any) -> Any:
@@ -262,7 +275,12 @@ class FlowState(MutableMapping[Any, Any]):
         scoped = scope.get()
         if scoped is not None and self._host.name in scoped:
             return scoped[self._host.name][key]
+        words, restarts = self._bound[2], self._bound[6]
+        seen = restarts if words is None else words[W_RESTARTS]
         reader = self._host.pass_gate()
+        if seen != restarts:
+            # Another coordinator serves, and knows all that this process had submitted.
+            self._host.rebind(reader, seen)
         _, _, _, entries, cache, bound_reader, _ = self._bound
         if bound_reader is not reader:
             entries, cache = {}, _Cache(0)  # another thread is about to bind or has unbound
@@ -279,19 +297,29 @@ class FlowState(MutableMapping[Any, Any]):
         found = reader.get(route, known)
         if found is None:
             raise KeyError(key)
-        version, birth, payload = found
+        version, birth, payload, place = found
         if payload is not None:
+            if former is not None:
+                return self._renew(cache, key, former, found)
             value = unpack_frozen(payload)
-            size = len(payload) + OVERHEAD
-            if former is not None and former[3] == size:
-                cache.entries[key] = (version, value, birth, size, route)  # nothing to count
-            else:
-                cache.put(key, (version, value, birth, size, route), former)
+            cache.put(key, (version, value, birth, len(payload) + OVERHEAD, route, place), None)
             return value
         if former is None or birth != known:
             return self._read_arrays(reader, key, route)
-        cache.entries[key] = (version, former[1], birth, former[3], route)
+        cache.entries[key] = (version, former[1], birth, former[3], route, place)
         return former[1]
+
+    def _renew(self, cache: _Cache, key: Any, former: Entry, found: Found) -> Any:
+        """Keep a value in place of the one that was known."""
+        version, birth, payload, place = found
+        assert payload is not None
+        value = unpack_frozen(payload)
+        size = len(payload) + OVERHEAD
+        if former[3] == size:
+            cache.entries[key] = (version, value, birth, size, former[4], place)  # nothing to count
+        else:
+            cache.put(key, (version, value, birth, size, former[4], place), former)
+        return value
 
     def _read_arrays(self, reader: StoreReader, key: Any, route: Route) -> Any:
         # Not cached: the cache would keep the version pinned.

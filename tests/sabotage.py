@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from strictflow_mp import gate, state, transaction
 from strictflow_mp.client import Client
@@ -27,14 +27,15 @@ def dawdle() -> None:
         return found._replace(turns=Dawdling(found.turns))
 
     route_well, reader.StoreReader.route = reader.StoreReader.route, route
+    reader.HOPS = Dawdling(reader.HOPS)
 
 
 class Dawdling:
-    """Turns that take their time, once in a while."""
+    """Turns or hops that take their time, once in a while."""
 
     walks = itertools.count()
 
-    def __init__(self, turns: tuple[int, ...]) -> None:
+    def __init__(self, turns: Iterable[int]) -> None:
         self._turns = turns
 
     def __iter__(self) -> Iterator[int]:

@@ -192,7 +192,7 @@ def lengthen(owner: type, name: str, instructions: int) -> None:
     ("name", "owner", "method"),
     [
         ("unchanged_read", FlowState, "__getitem__"),
-        ("changed_read", StoreReader, "get"),
+        ("changed_read", StoreReader, "follow"),
         ("submit", Client, "call"),
         ("result", TaskFuture, "result"),
         ("commit", StoreWriter, "publish"),

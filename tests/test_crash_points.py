@@ -40,6 +40,7 @@ EVENTS = {
     "task.marked": "runner.Runner._run_write",
     "burst.ran": "runner.Runner.run_burst",
     "commit.built": "store.commit.StoreWriter.commit",
+    "commit.linked": "store.commit.StoreWriter.commit",
     "commit.horizon": "store.commit.StoreWriter.commit",
     "commit.recorded": "store.commit.StoreWriter.commit",
     "commit.flipped": "store.commit.StoreWriter.commit",

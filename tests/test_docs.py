@@ -118,10 +118,13 @@ def test_a_committed_cell_lies_in_memory_as_it_is_drawn(shared):
     assert words[cell] == 1
     assert words[cell + 1] == digest
     assert words[cell + 2] == len(first) << 44 | len(payload)
-    key = (cell + 3) * 8
+    assert words[cell + 3] == 0
+    key = (cell + 4) * 8
     assert bytes(shared.buffer[key : key + len(first)]) == first
     assert bytes(shared.buffer[key + 8 : key + 8 + len(payload)]) == payload
-    assert trie.cell_words(len(first), len(payload)) == 3 + 1 + 2
+    assert trie.cell_words(len(first), len(payload)) == 4 + 1 + 2
+    writer.publish({first: b"\x02"})
+    assert words[words[cell + 3] >> 1] == 3
 
 
 def test_a_payload_with_arrays_has_the_frame_that_is_drawn():

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, note, settings
+from hypothesis import event, given, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -28,13 +28,14 @@ from strictflow_mp import segment as segments
 from strictflow_mp.errors import StateFull, StrictFlowError
 from strictflow_mp.processes import Identity
 from strictflow_mp.segment import RING, W_KEY, W_VERSION, Segment
-from strictflow_mp.store import Pins, StoreReader, StoreWriter, Version, commit
+from strictflow_mp.store import Found, Pins, StoreReader, StoreWriter, Version, commit
 from strictflow_mp.store import arena as arenas
 from strictflow_mp.store.arena import Arena, block_size
-from strictflow_mp.store.trie import FANOUT, KEY_SHIFT, NODE, PAYLOAD_MASK, Hash, cell_words, walk
+from strictflow_mp.store.reader import HOPS
+from strictflow_mp.store.trie import CELL_HEAD, FANOUT, KEY_SHIFT, NEXT, NODE, PAYLOAD_MASK, Hash, cell_words, walk
 from strictflow_mp.words import WORD
 
-LIKE_A_NODE = (NODE - 4) * WORD
+LIKE_A_NODE = (NODE - CELL_HEAD - 1) * WORD
 """Bytes of payload that make a cell, with a key of up to 8 bytes, as large as a node: so it reuses one's memory."""
 
 
@@ -160,6 +161,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.pinned: list[tuple[StoreReader, Version, dict[bytes, tuple[int, bytes]]]] = []
         self.total = self.writer.bytes_used + self.writer.bytes_free
         self.empty = self.writer.bytes_used
+        self.known: dict[bytes, Found] = {}  # what the first reader has found
 
     def _on_access(self, where: object, stored: int) -> None:
         self.life -= stored > 0
@@ -215,6 +217,14 @@ class StoreMachine(RuleBasedStateMachine):
         for _ in range(segments.PINS + 1):
             self._publish({key: payload})
             self.pin(slot)
+
+    @rule(keys=st.sets(st.sampled_from(KEYS)))
+    def read(self, keys: set[bytes]) -> None:
+        reader = self.readers[1]
+        for key in keys:
+            found = reader.get(reader.route(key))
+            if found is not None:
+                self.known[key] = found
 
     @precondition(lambda self: self.pinned)
     @rule(data=st.data())
@@ -275,10 +285,27 @@ class StoreMachine(RuleBasedStateMachine):
         reader = self.readers[1]
         for key in [*KEYS, *self.state]:
             found = reader.get(reader.route(key))
-            assert (found and found[1:]) == self.state.get(key)
+            assert (found and found[1:3]) == self.state.get(key)
             if found:
                 assert found[0] == self.writer.version
-                assert reader.get(reader.route(key), found[1]) == (self.writer.version, found[1], None)
+                assert reader.get(reader.route(key), found[1]) == (self.writer.version, found[1], None, found[3])
+
+    @invariant()
+    def whoever_follows_a_cell_finds_the_last_one(self) -> None:
+        reader, words = self.readers[1], self.store.segment.words
+        for key, found in self.known.items():
+            since, birth, payload, place = found
+            followed = reader.follow(words[W_VERSION], place, since)
+            event("looked up" if followed is None else "followed")
+            if followed is not None:
+                last, born, new = followed
+                assert self.state[key] == ((birth, payload) if last == place else (born, new))
+
+    @invariant()
+    def nothing_is_led_to_that_nobody_has_committed(self) -> None:
+        words = self.store.segment.words
+        for pointer in walk(words, self.writer.tree[0]):
+            assert not pointer & 1 or words[(pointer >> 1) + NEXT] == 0
 
     @invariant()
     def every_pinned_version_is_as_it_was(self) -> None:
@@ -353,10 +380,10 @@ class History:
 
     def _payload(self) -> bytes:
         size = self._random.choice([1, 20, LIKE_A_NODE, LIKE_A_NODE, 3000])
-        return self._random.choice([b"\xff", b"\x02", self._random.randbytes(1)]) * size
+        return self._random.choice([b"\xff", b"\x02", self._random.randbytes(1).replace(b"\xc1", b"\xc2")]) * size
 
 
-def is_true(found: tuple[int, int, bytes | None] | None, history: History, before: int, after: int) -> bool:
+def is_true(found: Found | None, history: History, before: int, after: int) -> bool:
     """Whether a version from *before* to *after* had what was found."""
     if found is None:
         return None in [history.seen[version] for version in range(before, after + 1)]
@@ -382,6 +409,97 @@ def test_whatever_is_committed_between_two_loads_a_read_returns_a_value_of_its_t
             break
     assert moment > 8
     assert again or commits < 12
+
+
+def read_again(reader: StoreReader, words: Any, key: bytes, known: Found | None) -> Found | None:
+    """As `FlowState` reads a key of which it knows *known*."""
+    if known is None:
+        return reader.get(reader.route(key))
+    since, birth, payload, place = known
+    version = words[W_VERSION]
+    followed = reader.follow(version, place, since)
+    if followed is None:
+        return reader.get(reader.route(key))
+    last, born, new = followed
+    return (version, born, new, last) if born else (version, birth, payload, place)
+
+
+@pytest.mark.usefixtures("reuse_at_once")
+@pytest.mark.parametrize("commits", [1, 2, 4, 12, 40])
+@pytest.mark.parametrize("behind", [1, 3, 9])
+def test_whatever_is_committed_while_a_reader_follows_cells_it_returns_a_value_of_its_time(new_store, commits, behind):
+    store = new_store()
+    history = History(store, seed=commits)
+    segment, reader = store.slow_reader()
+    followed = again = 0
+    for moment in itertools.count(1):
+        known = store.reader.get(store.reader.route(KEYS[0]))
+        history.advance(behind)
+        segment.interrupt(moment, lambda: history.advance(commits))
+        before, segment.looks = store.writer.version, 0
+        found = read_again(reader, segment.words, KEYS[0], known)
+        assert is_true(found, history, before, store.writer.version)
+        followed += segment.looks == 1
+        again += segment.looks > 1
+        if not segment.has_been_interrupted() and moment > 40:
+            break
+    assert followed
+    assert again
+
+
+@pytest.mark.usefixtures("reuse_at_once")
+def test_between_any_two_stores_of_a_commit_who_follows_a_cell_finds_what_is_committed(new_store):
+    store, looks = new_store(), 0
+    words, route = store.segment.words, store.reader.route(b"key")
+    payloads = {number: b"%d" % number * (number % 40 + 1) for number in range(1, 40)}
+    known: Found | None = None
+
+    def look(where: object, stored: int) -> None:
+        nonlocal looks
+        if stored and known is not None:
+            found = read_again(store.reader, words, b"key", known)
+            assert found is not None
+            assert (found[0], found[2]) == (words[W_VERSION], payloads[words[W_VERSION]])
+            looks += 1
+
+    writer = store.another_writer(look)
+    for number, payload in payloads.items():
+        writer.publish({b"key": payload, b"other": payload})
+        if number % 3 == 1:
+            known = store.reader.get(route)
+    assert looks > 10 * len(payloads)
+
+
+@pytest.mark.parametrize("end", ["the last", "a new one", "deleted", "with arrays", "many", "taken over"])
+def test_a_cell_leads_to_the_one_that_came_in_its_place(new_store, end):
+    store = new_store()
+    writer, reader, words = store.writer, store.reader, store.segment.words
+    writer.publish({b"key": b"1", b"other": b"1"})
+    known = reader.get(reader.route(b"key"))
+    assert known is not None
+    version, _, _, place = known
+    writer.publish({b"other": b"2"})
+    if end == "a new one":
+        writer.publish({b"key": b"2"})
+    elif end == "deleted":
+        writer.publish({b"key": None})
+    elif end == "with arrays":
+        writer.publish({b"key": b"\xc1 and what follows"})
+    elif end == "many":
+        for number in range(len(HOPS) + 1):
+            writer.publish({b"key": b"%d" % number})
+    elif end == "taken over":
+        writer = store.another_writer()
+        writer.publish({})
+    now = reader.get(reader.route(b"key"))
+    followed = reader.follow(words[W_VERSION], place, version)
+    if end in ("deleted", "many", "taken over"):
+        assert followed is None
+    elif end == "the last":
+        assert followed == (place, 0, None)
+    else:
+        assert now is not None
+        assert followed == (now[3], now[1], now[2])
 
 
 @pytest.mark.usefixtures("reuse_at_once", "hashing")
@@ -439,7 +557,7 @@ def read_until_overtaken(name: str, times: int, report: Any) -> None:
         reads += 1
         overtaken += segment.looks > 1
         if found is not None:
-            former, (version, birth, payload) = version, found
+            former, (version, birth, payload, _) = version, found
             if payload != sealed(key, birth, payload[SEAL:]) or not former <= began <= version:
                 wrong.append((key, former, began, found))
     report.send((segment.strayed, wrong[:3]))
@@ -717,7 +835,9 @@ def test_a_value_that_may_hold_arrays_is_read_under_a_pin_only(new_store):
     store = new_store()
     store.writer.publish({b"key": b"\xc1 and what follows"})
     route = store.reader.route(b"key")
-    assert store.reader.get(route) == (1, 1, None)
+    found = store.reader.get(route)
+    assert found is not None
+    assert found[:3] == (1, 1, None)
     cell = store.reader.find(store.reader.pin(), route)
     assert cell is not None
     assert cell.payload == b"\xc1 and what follows"

@@ -6,12 +6,13 @@
 
 from .commit import BURST_BYTES, StoreWriter
 from .pins import PinnedVersions, Pins, clear_pins, has_pins
-from .reader import Cell, Route, StoreReader, Version
+from .reader import Cell, Found, Route, StoreReader, Version
 from .receipts import Receipt, Receipts, read_receipts
 
 __all__ = [
     "BURST_BYTES",
     "Cell",
+    "Found",
     "PinnedVersions",
     "Pins",
     "Receipt",

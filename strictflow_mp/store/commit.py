@@ -6,12 +6,13 @@ Read by: everybody (`reader`).
 Order of a commit, each step seen by others before the next (store-store; free on x86-64)::
 
     1  cells and nodes of the new version, and its receipts (`receipts`); private so far
-    2  HORIZON raised past the version whose record the ring slot still holds
-    3  the commit record
-    4  VERSION, one store: the commit
+    2  each cell that is replaced names the one that comes in its place; who follows it sees that this is not yet born
+    3  HORIZON raised past the version whose record the ring slot still holds
+    4  the commit record
+    5  VERSION, one store: the commit
 
-If we die here: before step 4 nothing has happened, after it everything. Step 2 alone makes readers of a
-    version 256 commits old look again. `StoreWriter.recover` finds what is free.
+If we die here: before step 5 nothing has happened, after it everything. Step 3 alone makes readers of a
+    version 256 commits old look again. `StoreWriter.recover` finds what is free, and takes step 2 back.
 Invariants: a block is reused only after HORIZON has passed the last version that reaches it, and when no
     pin needs it.
 
@@ -44,7 +45,7 @@ from ..words import WORD, fence, publish_fence
 from .arena import Arena, block_size
 from .pins import PinnedVersions, clear_pins
 from .receipts import Receipts
-from .trie import CELL_HEAD, KEY_SHIFT, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
+from .trie import CELL_HEAD, KEY_SHIFT, NEXT, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
 
 __all__ = ["BURST_BYTES", "StoreWriter"]
 
@@ -93,7 +94,8 @@ class StoreWriter:
     def recover(self) -> None:
         """Take over a segment whose writer died: whatever no version that anybody needs reaches is free.
 
-        Stores HORIZON and the coordinator's own pins, nothing else: dying here changes nothing.
+        Stores HORIZON, the coordinator's own pins, and `next` in cells that are the last, nothing else: dying here
+        changes nothing.
         """
         words = self._words
         clear_pins(self._segment, 0)  # the dead writer's own
@@ -103,6 +105,9 @@ class StoreWriter:
         words[W_HORIZON] = self.version
         fence()
         used = dict(self._blocks(self._root))
+        for pointer in used:
+            if pointer & 1 and words[(pointer >> 1) + NEXT]:
+                words[(pointer >> 1) + NEXT] = 0  # what the dead writer was about to put in its place is free
         pinned = PinnedVersions(self._segment)
         reach = self.version
         for version in range(max(0, self.version - RING + 1), self.version):
@@ -164,6 +169,11 @@ class StoreWriter:
         base, delta = self._build(changes)
         audit("strictflow_mp.commit.built")
         trie, words = self.trie, self._words
+        # The new cells before what leads to them (store-store).
+        publish_fence()
+        for old, new in trie.heirs:
+            words[(old >> 1) + NEXT] = new
+        audit("strictflow_mp.commit.linked")
         version = self.version + 1
         floor = version - RING + 1
         if floor > words[W_HORIZON]:

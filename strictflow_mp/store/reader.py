@@ -19,7 +19,7 @@ from ..errors import ProtocolError
 from ..segment import R_COUNT, R_ROOT, RECORD, RING, W_HORIZON, W_RING, W_VERSION, Segment
 from ..words import WEAK, WORD, read_fence
 from .pins import Pins
-from .trie import CELL_HEAD, FANOUT, KEY_SHIFT, LEVELS, PAYLOAD_MASK, Hash, deep_find, walk
+from .trie import CELL_HEAD, FANOUT, GONE, KEY_SHIFT, LEVELS, NEXT, PAYLOAD_MASK, Hash, deep_find, walk
 
 __all__ = ["Cell", "Route", "StoreReader", "Version"]
 
@@ -35,6 +35,9 @@ ARRAYS = 0xC1
 TURNS = 6
 """Levels that a route knows its turns for: enough for a thousand million keys. Below, they are worked out."""
 
+HOPS = range(8)
+"""From cell to cell, until a walk from the root is as short."""
+
 _LATER = range(TURNS, LEVELS)
 _ROOTS = W_RING + R_ROOT
 _IN_RING = RING - 1
@@ -47,12 +50,17 @@ def _damaged(name: str) -> ProtocolError:
 class Cell:
     """A cell as a pinned version holds it: valid only while the version is pinned."""
 
-    __slots__ = ("birth", "key", "payload")
+    __slots__ = ("birth", "key", "payload", "place")
 
-    def __init__(self, birth: int, key: bytes, payload: memoryview) -> None:
+    def __init__(self, place: int, birth: int, key: bytes, payload: memoryview) -> None:
+        self.place = place
         self.birth = birth
         self.key = key
         self.payload = payload
+
+
+Found = tuple[int, int, "bytes | None", int]
+"""Version read, version that wrote the cell, payload, place of the cell."""
 
 
 class Route(NamedTuple):
@@ -98,8 +106,53 @@ class StoreReader:
         turns = (bits & 31, bits >> 5 & 31, bits >> 10 & 31, bits >> 15 & 31, bits >> 20 & 31, bits >> 25)
         return Route(key, digest, turns)
 
-    def get(self, route: Route, known: int = -1) -> tuple[int, int, bytes | None] | None:
-        """The committed cell of a key: version read, version that wrote it, payload. None when absent.
+    def follow(self, version: int, place: int, since: int) -> tuple[int, int, bytes | None] | None:
+        """What came in the place of a key's cell: place, birth and payload in *version*. None: look the key up instead.
+
+        Args:
+            version: loaded just now.
+            place: of the key's cell in version *since*. If it is still that one, its birth is 0 and the payload None.
+                The payload is None too when a new one holds arrays: those are read under a pin.
+        """
+        words, buffer = self._words, self._buffer
+        try:
+            last, birth = place, 0
+            for _ in HOPS:
+                # The version before what it has replaced; a cell after what led to it (load-load).
+                if WEAK:
+                    read_fence()
+                pointer = words[last + NEXT]
+                if not pointer:
+                    break
+                if pointer == GONE:
+                    return None
+                if WEAK:
+                    read_fence()
+                place = pointer >> 1
+                born = words[place]
+                if born > version:
+                    break  # not committed when we looked
+                last, birth = place, born
+            else:
+                return None
+            payload = None
+            if birth:
+                lengths = words[last + 2]
+                body = (last + CELL_HEAD) * WORD + (lengths >> KEY_SHIFT) + 7 & -8
+                end = body + (lengths & PAYLOAD_MASK)
+                if end > len(buffer):
+                    return None  # a slice would stop at the end without a word
+                if buffer[body] != ARRAYS:
+                    payload = buffer[body:end].tobytes()
+        except IndexError:
+            return None  # strayed, or the memory has grown since we looked
+        # All that was read before the horizon (load-load). A cell of *since*, or a later one, is reused only behind it.
+        if WEAK:
+            read_fence()
+        return (last, birth, payload) if words[W_HORIZON] <= since else None
+
+    def get(self, route: Route, known: int = -1) -> Found | None:
+        """The committed cell of a key. None when absent.
 
         Args:
             known: the version that wrote the payload that the caller has already. If it is still that
@@ -121,7 +174,7 @@ class StoreReader:
                     pointer = words[(pointer >> 1) + turn]
                 else:
                     pointer = self._find_deeper(words, pointer, route)
-                found: tuple[int, int, bytes | None] | None = None
+                found: Found | None = None
                 if pointer:
                     index = pointer >> 1
                     if words[index + 1] == digest:
@@ -135,9 +188,9 @@ class StoreReader:
                             raise IndexError  # a slice would stop at the end without a word
                         if buffer[start:middle].tobytes() == key:
                             if birth == known or buffer[body] == ARRAYS:
-                                found = (version, birth, None)
+                                found = (version, birth, None, index)
                             else:
-                                found = (version, birth, buffer[body:end].tobytes())
+                                found = (version, birth, buffer[body:end].tobytes(), index)
                 # All that was read before the horizon (load-load).
                 if WEAK:
                     read_fence()
@@ -150,7 +203,7 @@ class StoreReader:
             if tries == TRIES:
                 return self._get_pinned(route, known)
 
-    def _get_pinned(self, route: Route, known: int) -> tuple[int, int, bytes | None] | None:
+    def _get_pinned(self, route: Route, known: int) -> Found | None:
         """As `get`, when that is overtaken again and again (a huge value, a starved process)."""
         pinned = self.pin()
         try:
@@ -158,7 +211,7 @@ class StoreReader:
             if cell is None:
                 return None
             skip = cell.birth == known or cell.payload[0] == ARRAYS
-            return pinned.number, cell.birth, None if skip else bytes(cell.payload)
+            return pinned.number, cell.birth, None if skip else bytes(cell.payload), cell.place
         finally:
             self.unpin(pinned)
 
@@ -286,7 +339,7 @@ class StoreReader:
         end = body + (lengths & PAYLOAD_MASK)
         if end > len(buffer):
             raise IndexError  # a slice would stop at the end without a word
-        return Cell(words[index], buffer[start:middle].tobytes(), buffer[body:end].toreadonly())
+        return Cell(index, words[index], buffer[start:middle].tobytes(), buffer[body:end].toreadonly())
 
     def __repr__(self) -> str:
         return f"<StoreReader at version {self.version()}>"

@@ -2,7 +2,8 @@
 
 Owns: the layout of nodes and cells, and how to walk and to edit them. It knows nothing of versions that
     readers see (`commit`), nor of who still needs old ones (`pins`).
-Written by: the coordinator; a block that a published root reaches is never written again.
+Written by: the coordinator; a block that a published root reaches is never written again, but for a cell's `next`,
+    once, when it is replaced.
 Read by: everybody, without any lock, so what is read may be memory that is being reused: a walk is
     bounded in depth, a step out of the claimed memory raises IndexError, and nothing that was read may be
     trusted before the horizon has been checked (`reader`).
@@ -19,6 +20,7 @@ A cell::
     birth: the version that made it      <- pointer's index
     hash of the key
     key length << 44 | payload length, both in bytes
+    next: the pointer of the cell that came in its place, 1 if the key was deleted; 0 while it is the last
     key, padded to 8 bytes
     payload (msgpack), padded to 8 bytes
 
@@ -35,13 +37,29 @@ from collections.abc import Iterator
 from ..words import WORD
 from .arena import Arena
 
-__all__ = ["CELL_HEAD", "LEVELS", "MAX_DEPTH", "NODE", "Hash", "Trie", "cell_words", "deep_find", "walk"]
+__all__ = [
+    "CELL_HEAD",
+    "GONE",
+    "LEVELS",
+    "MAX_DEPTH",
+    "NEXT",
+    "NODE",
+    "Hash",
+    "Trie",
+    "cell_words",
+    "deep_find",
+    "walk",
+]
 
 FANOUT = 32
 NODE = FANOUT + 1
 """Words in a node."""
-CELL_HEAD = 3
+CELL_HEAD = 4
 """Words ahead of a cell's key."""
+NEXT = 3
+"""Which of them names the cell that came in its place."""
+GONE = 1
+"""What stands there when none did."""
 LEVELS = 12
 """Levels that one 64-bit hash can choose."""
 MAX_DEPTH = 8 * LEVELS
@@ -50,7 +68,7 @@ PAYLOAD_MASK = (1 << KEY_SHIFT) - 1
 
 _EMPTY = bytes(FANOUT * WORD)
 
-_pack_head = struct.Struct("=3Q").pack
+_pack_head = struct.Struct("=4Q").pack
 
 
 KNOWN = 1 << 12
@@ -124,7 +142,7 @@ class Trie:
     """The writer's hand on the trie: edits the tree of the version that is being made.
 
     Blocks born in `version` are private until it is published, so they are changed in place; older ones
-    are copied first, and what they replace is collected in `replaced`.
+    are copied first, and what they replace is collected in `replaced`, cells and what comes in their place in `heirs`.
     """
 
     def __init__(self, words: memoryview, buffer: memoryview, arena: Arena, hashing: Hash) -> None:
@@ -137,17 +155,18 @@ class Trie:
         self.count = 0
         self.made: list[int] = []
         self.replaced: list[int] = []
+        self.heirs: list[tuple[int, int]] = []
 
     def begin(self, version: int, root: int, count: int) -> None:
         """Start to make *version* out of the tree at *root*."""
         self.version, self.root, self.count = version, root, count
-        self.made, self.replaced = [], []
+        self.made, self.replaced, self.heirs = [], [], []
 
     def rollback(self) -> None:
         """Free everything that was made since `begin`."""
         for pointer in self.made:
             self.free(pointer)
-        self.made, self.replaced = [], []
+        self.made, self.replaced, self.heirs = [], [], []
 
     def free(self, pointer: int) -> None:
         """Give a block back to the arena."""
@@ -182,7 +201,7 @@ class Trie:
         start = index * WORD
         buffer = self._buffer
         middle = start + CELL_HEAD * WORD
-        buffer[start:middle] = _pack_head(self.version, digest, key_length << KEY_SHIFT | length)
+        buffer[start:middle] = _pack_head(self.version, digest, key_length << KEY_SHIFT | length, 0)
         buffer[middle : middle + key_length] = key
         body = start + head_words * WORD
         buffer[body : body + length] = payload
@@ -224,6 +243,7 @@ class Trie:
             self.count += 1
         elif self.key_of(pointer) == key:
             self.replaced.append(pointer)
+            self.heirs.append((pointer, cell))
         else:
             self.count += 1
             cell = self._split(pointer, cell, key, bits, depth)
@@ -275,6 +295,7 @@ class Trie:
             if (len(parents) - 1) % LEVELS == 0:
                 bits = self._hash.again(key, (len(parents) - 1) // LEVELS)
         self.replaced.append(pointer)
+        self.heirs.append((pointer, GONE))
         self.count -= 1
         remains = 0
         for level in range(len(parents) - 1, -1, -1):
