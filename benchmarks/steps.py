@@ -94,7 +94,16 @@ class Bench:
         yield "the version: one word loaded", lambda: words[W_VERSION]
         yield "hash and turns of a key (first read of it only)", lambda: self.reader.route(self.names[0])
         yield "walk, checks, copy, horizon", lambda: self.reader.get(route)
-        yield "the same, value known already", lambda: self.reader.get(route, 1)
+        found = self.reader.get(route)
+        assert found is not None
+        since, _, _, place = found
+        version = since + 1
+        self.writer.publish({self.names[0]: pack(VALUE)})
+        yield "from a cell that is known to the one in its place", lambda: self.reader.follow(version, place, since)
+        found = self.reader.get(route)
+        assert found is not None
+        latest = found[3]
+        yield "the same, when it is the last", lambda: self.reader.follow(version, latest, version)
         yield "decode, read-only", lambda: unpack_frozen(payload)
         yield "decode, plain (what LMDB's user does)", lambda: unpack(payload)
 

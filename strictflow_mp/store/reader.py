@@ -122,10 +122,10 @@ class StoreReader:
                 if WEAK:
                     read_fence()
                 pointer = words[last + NEXT]
-                if not pointer:
+                if pointer <= GONE:
+                    if pointer:
+                        return None
                     break
-                if pointer == GONE:
-                    return None
                 if WEAK:
                     read_fence()
                 place = pointer >> 1
