@@ -1,8 +1,7 @@
 """Sessions: the processes that are connected to a coordinator.
 
-Owns: the listening socket, one connection and one slot for each process, and who has which slot.
-Written by: SF-LOOP's thread alone; a short-lived thread for each newcomer does the handshake, so that a
-    slow or hostile one holds nobody up.
+Owns: one connection and one slot for each process, and who has which slot.
+Written by: SF-LOOP's thread alone. Newcomers shake hands at the door (`door`) before they come here.
 Invariants: a slot is given to another process only when its former process is proved dead or has said
     goodbye, and when none of its tasks is queued any more.
 
@@ -16,9 +15,7 @@ import os
 import select
 import socket
 import sys
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
 from time import perf_counter
@@ -26,6 +23,7 @@ from typing import Any
 
 from . import handshake, wire
 from .core import logger
+from .door import Door
 from .errors import ProtocolError
 from .gate import GateKeeper, Tenancy
 from .processes import Identity, open_pidfd
@@ -36,10 +34,6 @@ from .wire import Frame, Stream
 
 __all__ = ["Session", "Sessions"]
 
-HANDSHAKE = 5.0
-"""Seconds that a newcomer has for its handshake."""
-HANDSHAKES = 32
-"""Newcomers at a time; more wait in the socket's backlog."""
 PATHS = 1 << 10
 """Entries that a newcomer's `sys.path` may have."""
 ALL_PATHS = 1 << 13
@@ -98,8 +92,6 @@ class Sessions:
         welcome: dict[str, Any],
         owner: Identity | None,
     ) -> None:
-        self._listener = listener
-        self._authkey = authkey
         self._segment = segment
         self._gate = gate
         self._receipts = receipts
@@ -110,9 +102,6 @@ class Sessions:
         self.epoll = select.epoll()
         self._by_slot: dict[int, Session] = {}
         self._watched: dict[int, Session] = {}
-        self._ready: deque[tuple[socket.socket, dict[str, Any]]] = deque()
-        self._handshakes = threading.BoundedSemaphore(HANDSHAKES)
-        self._shaking: dict[socket.socket, float] = {}
         self._is_crowded = False
         self.has_leavers = False
         self.has_newcomers = False
@@ -122,6 +111,7 @@ class Sessions:
         self._wakeup, self._wake = socket.socketpair()
         self._wakeup.setblocking(False)
         self._wake.setblocking(False)
+        self._door = Door(listener, authkey, self._wake_up)
         for watched in (listener, self._wakeup):
             self.epoll.register(watched, select.EPOLLIN)
         if self._owner_pidfd >= 0:
@@ -164,8 +154,10 @@ class Sessions:
                     self._watch(session, select.EPOLLIN)
                 if event & ~select.EPOLLOUT:
                     self._receive(session, arrived)
-            elif descriptor == self._listener.fileno():
-                self._accept()
+            elif descriptor == self._door.listener.fileno():
+                if not self._door.accept():
+                    self.epoll.unregister(descriptor)  # it would be ready all the time
+                    self._is_crowded = True
             elif descriptor == self._wakeup.fileno():
                 self.has_newcomers = True
             elif descriptor == self._owner_pidfd:
@@ -205,47 +197,15 @@ class Sessions:
 
     # Newcomers
 
-    def _accept(self) -> None:
-        if not self._handshakes.acquire(blocking=False):
-            # Until one of those is through; the listener would be ready all the time.
-            self.epoll.unregister(self._listener)
-            self._is_crowded = True
-            return
-        try:
-            newcomer, _ = self._listener.accept()
-        except OSError:
-            self._handshakes.release()
-            return
-        self._shaking[newcomer] = time.monotonic() + HANDSHAKE
-        threading.Thread(target=self._shake_hands, args=(newcomer,), name="handshake", daemon=True).start()
-
     def hurry(self) -> None:
-        """Cut off handshakes that have taken too long in all: each of their parts has a deadline of its own only."""
-        now = time.monotonic()
-        for newcomer, deadline in list(self._shaking.items()):
-            if now >= deadline:
-                try:
-                    newcomer.shutdown(socket.SHUT_RDWR)
-                except OSError:
-                    pass  # it has gone already
+        """Cut off handshakes that take too long."""
+        self._door.hurry()
 
-    def _shake_hands(self, newcomer: socket.socket) -> None:
+    def _wake_up(self) -> None:
         try:
-            greeting = handshake.accept_greeting(newcomer, self._authkey, HANDSHAKE)
-        except (OSError, EOFError):
-            newcomer.close()
-        except ProtocolError as error:
-            logger.warning("%s", error)
-            newcomer.close()
-        else:
-            self._ready.append((newcomer, greeting))
-        finally:
-            self._shaking.pop(newcomer, None)
-            self._handshakes.release()
-            try:
-                self._wake.send(b"\0")
-            except OSError:
-                pass  # full: a wake-up is under way; or closed: we are stopping
+            self._wake.send(b"\0")
+        except OSError:
+            pass  # full: a wake-up is under way; or closed: we are stopping
 
     def admit(self, has_returned: Callable[[int], None]) -> None:
         """Give slots to those who have shaken hands.
@@ -258,14 +218,14 @@ class Sessions:
         self._has_returned = has_returned
         if self._is_crowded:
             self._is_crowded = False
-            self.epoll.register(self._listener, select.EPOLLIN)
+            self.epoll.register(self._door.listener, select.EPOLLIN)
         try:
             while self._wakeup.recv(4096):
                 pass
         except BlockingIOError:
             pass
-        while self._ready:
-            newcomer, greeting = self._ready.popleft()
+        while self._door:
+            newcomer, greeting = self._door.next_one()
             try:
                 answer = self._admit(newcomer, greeting)
             except _Refused as refusal:
@@ -454,7 +414,7 @@ class Sessions:
     @property
     def is_deserted(self) -> bool:
         """Whether the owner is proved dead and nobody is attached: time to end."""
-        if self._owner is None or self._ready:
+        if self._owner is None or self._door:
             return False
         if any(session.is_open or session.is_away for session in self._by_slot.values()):
             return False
@@ -463,7 +423,7 @@ class Sessions:
     def descriptors(self) -> list[int]:
         """Every descriptor that a forked child must close."""
         streams = [session.stream.fileno() for session in self if session.is_open]
-        others = (self._listener.fileno(), self._wakeup.fileno(), self._wake.fileno(), self.epoll.fileno())
+        others = (self._door.listener.fileno(), self._wakeup.fileno(), self._wake.fileno(), self.epoll.fileno())
         return [*streams, *others]
 
     def close_all(self, before: Callable[[Session], None] = lambda session: None) -> None:
@@ -482,9 +442,8 @@ class Sessions:
         self.epoll.close()
         if self._owner_pidfd >= 0:
             os.close(self._owner_pidfd)
-        for newcomer, _ in self._ready:
-            newcomer.close()
-        for sock in (self._listener, self._wakeup, self._wake):
+        self._door.close()
+        for sock in (self._wakeup, self._wake):
             sock.close()
 
     def __repr__(self) -> str:

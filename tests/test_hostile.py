@@ -28,10 +28,10 @@ from hypothesis import strategies as st
 
 from strictflow_mp import StrictFlow, StrictFlowError, extensions, handshake, read, wire, write
 from strictflow_mp import segment as segments
+from strictflow_mp.door import HANDSHAKES
 from strictflow_mp.processes import Identity
 from strictflow_mp.rendezvous import Place
 from strictflow_mp.segment import Segment
-from strictflow_mp.sessions import HANDSHAKES
 from strictflow_mp.state import Snapshot
 from strictflow_mp.store import Pins, StoreReader, StoreWriter
 from strictflow_mp.store.trie import FANOUT, walk
@@ -505,7 +505,7 @@ class Counted:
 
 
 def test_who_answers_byte_by_byte_has_no_more_time_for_the_handshake_than_others(victim):
-    tell(victim.flow, sessions__HANDSHAKE=0.3)
+    tell(victim.flow, door__HANDSHAKE=0.3)
     with dial() as connection:
         connection.settimeout(PATIENCE)
         connection.recv(1 << 16)
@@ -524,7 +524,7 @@ def test_who_answers_byte_by_byte_has_no_more_time_for_the_handshake_than_others
 
 
 def test_more_silent_strangers_than_there_may_be_handshakes_do_not_keep_the_loop_busy(victim, honest):
-    tell(victim.flow, sessions__HANDSHAKE=0.5)
+    tell(victim.flow, door__HANDSHAKE=0.5)
     polls = Counted(victim.flow, "sessions", "Sessions.poll")
     with contextlib.ExitStack() as stack:
         silent = [stack.enter_context(dial()) for _ in range(HANDSHAKES + 8)]
@@ -575,7 +575,7 @@ def greet_and_read_nothing(greeting):
 
 
 def test_a_refusal_that_is_not_read_holds_nobody_up(victim, honest, eventually):
-    tell(victim.flow, sessions__HANDSHAKE=6 * PATIENCE)
+    tell(victim.flow, door__HANDSHAKE=6 * PATIENCE)
     greeting = encode({**honest.greeting, "protocol": b"\0" * 1_000_000})
     handshakes = Counted(victim.flow, "sessions", "Sessions._admit")
     with offender(greet_and_read_nothing, greeting):
