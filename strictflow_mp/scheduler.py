@@ -66,7 +66,6 @@ class Scheduler(Generic[J]):
     def __init__(self) -> None:
         self._writes: deque[J] = deque()
         self._reads: deque[J] = deque()
-        self._queued: dict[tuple[int, int], J] = {}
         self._async = 0
         self._async_turn = False
 
@@ -75,26 +74,30 @@ class Scheduler(Generic[J]):
     def submit(self, job: J) -> None:
         """A task has arrived."""
         (self._writes if job.priority == 1 else self._reads).append(job)
-        self._queued[job.owner, job.number] = job
 
     def cancel(self, owner: int, number: int) -> J | None:
         """Take a task back; None when it has started already, or is unknown.
 
         A cancelled P1 keeps its place in the queue: its owner's P1 tasks are counted in their order.
         """
-        job = self._queued.pop((owner, number), None)
-        if job is not None:
-            job.state = State.CANCELLED
-            if job.priority == 2:
-                self._reads.remove(job)
-        return job
+        # Looked for, the last first: an index would cost every task what few need.
+        for queue in (self._writes, self._reads):
+            for job in reversed(queue):
+                if job.number == number and job.owner == owner and job.state is State.QUEUED:
+                    self._take_back(job)
+                    return job
+        return None
+
+    def _take_back(self, job: J) -> None:
+        job.state = State.CANCELLED
+        if job.priority == 2:
+            self._reads.remove(job)
 
     def withdraw(self, owner: int) -> None:
         """Take back all that an owner has queued; nothing of it counts."""
-        for other, number in list(self._queued):
-            if other == owner:
-                job = self.cancel(owner, number)
-                assert job is not None
+        for job in [*self._writes, *self._reads]:
+            if job.owner == owner and job.state is State.QUEUED:
+                self._take_back(job)
                 job.is_void = True
 
     def async_started(self) -> None:
@@ -128,7 +131,6 @@ class Scheduler(Generic[J]):
             return None
         job = self._writes.popleft()
         if job.state is State.QUEUED:
-            self._queued.pop((job.owner, job.number), None)
             job.state = State.RUNNING
         return job
 
@@ -136,7 +138,6 @@ class Scheduler(Generic[J]):
         """The P2 task to run."""
         self._async_turn = True
         job = self._reads.popleft()
-        self._queued.pop((job.owner, job.number), None)
         job.state = State.RUNNING
         return job
 
