@@ -13,14 +13,12 @@ from typing import Any
 from msgpack import packb
 
 from strictflow_mp import StrictFlow
-from strictflow_mp.store import StoreWriter
-from strictflow_mp.values import pack_key
 
 from .measure import Bound, Missing, Outcome, Run, Size, child, duration, figure, quantiles
 from .peers import lmdb_environment
 from .reads import VALUE
 from .waits import writer
-from .writes import store
+from .writes import commits, store
 
 WRITERS = (0, 1, 2, 4)
 """Processes that write while one reads."""
@@ -29,21 +27,6 @@ WRITERS = (0, 1, 2, 4)
 def powers(most: int) -> list[int]:
     """10, 100, … and the most."""
     return [*(10**digits for digits in range(1, 8) if 10**digits < most), most]
-
-
-def commits(writer: StoreWriter, keys: int) -> Run:
-    """Commit one random key of that many, again and again."""
-    payload = packb(VALUE)
-
-    def run(count: int) -> float:
-        changes = [{pack_key(f"key:{random.randrange(keys)}"): payload} for _ in range(count)]
-        publish = writer.publish
-        began = perf_counter()
-        for change in changes:
-            publish(change)
-        return perf_counter() - began
-
-    return run
 
 
 def lmdb_commits(environment: Any, keys: int) -> Run:

@@ -134,25 +134,27 @@ def store(keys: int) -> Iterator[StoreWriter]:
         segment.close()
 
 
+def commits(writer: StoreWriter, keys: int) -> Run:
+    """Commit one random key of that many, again and again."""
+    payload = packb(VALUE)
+
+    def run(count: int) -> float:
+        changes = [{pack_key(f"key:{random.randrange(keys)}"): payload} for _ in range(count)]
+        publish = writer.publish
+        began = perf_counter()
+        for change in changes:
+            publish(change)
+        return perf_counter() - began
+
+    return run
+
+
 @figure("commit of one key among many ÷ among 10", Bound("≤", 2))
 def commit(size: Size) -> Outcome:
     """One commit that changes one key, chosen at random, to a packed value; hash, cell, path, record, flip.
 
     Both stores have run long enough before that they reuse memory, so both pay for that too.
     """
-    payload = packb(VALUE)
-
-    def commits(writer: StoreWriter, keys: int) -> Run:
-        def run(count: int) -> float:
-            changes = [{pack_key(f"key:{random.randrange(keys)}"): payload} for _ in range(count)]
-            publish = writer.publish
-            began = perf_counter()
-            for change in changes:
-                publish(change)
-            return perf_counter() - began
-
-        return run
-
     with ExitStack() as stack:
         many = commits(stack.enter_context(store(size.keys)), size.keys)
         few = commits(stack.enter_context(store(10)), 10)
