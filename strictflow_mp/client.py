@@ -10,8 +10,6 @@ receipts which of them have taken effect. If none comes, the receipts tell us in
 
 from __future__ import annotations
 
-import atexit
-import os
 import pickle
 import select
 import sys
@@ -38,6 +36,7 @@ from .errors import (
 )
 from .future import TaskFuture
 from .lost import Reason, gone, settle_all
+from .port import Port
 from .rendezvous import Place
 from .segment import PREFIX, W_RESTARTS
 from .state import FlowState
@@ -46,7 +45,7 @@ from .turn import Turn
 from .values import pack
 from .wire import Stream
 
-__all__ = ["Client", "client_of"]
+__all__ = ["Client"]
 
 audit = sys.audit
 
@@ -97,7 +96,7 @@ class Client:
                 stream, welcome = reach(self.name, 0.0 if self.is_stopped else timeout)
                 try:
                     reading = Turn(Client.wait.__code__, Client._serve.__code__)
-                    attachment = Attachment(self.name, stream, welcome, partial(_Port, self), reading)
+                    attachment = Attachment(self.name, stream, welcome, partial(Port, self), reading)
                 except (OSError, KeyError, posix_ipc.Error) as error:
                     stream.close()
                     raise FlowNotRunning(f"it ended while this process attached ({error!r})") from error
@@ -563,63 +562,3 @@ class Client:
 
     def __repr__(self) -> str:
         return f"<Client of {self.name!r}, {self._attachment or 'not attached'}>"
-
-
-class _Port:
-    """What a future knows of its connection (`future.Port`)."""
-
-    __slots__ = ("_attachment", "_client", "_pid")
-
-    def __init__(self, client: Client, attachment: Attachment) -> None:
-        self._client = client
-        self._attachment = attachment
-        self._pid = os.getpid()
-
-    def _check_process(self) -> None:
-        if os.getpid() != self._pid:
-            raise StrictFlowError(
-                "this future belongs to the parent process; in a forked child, submit the task again",
-                flow=self._client.name,
-            )
-
-    def wait(self, future: TaskFuture[Any], timeout: float | None) -> None:
-        self._check_process()
-        self._client.wait(self._attachment, future, timeout)
-
-    def serve(self) -> None:
-        self._check_process()
-        self._client.serve(self._attachment)
-
-    def cancel(self, future: TaskFuture[Any], *, wait: bool) -> bool:
-        self._check_process()
-        return self._client.cancel(self._attachment, future, wait=wait)
-
-
-_clients: dict[str, Client] = {}
-_registering = threading.Lock()
-
-
-def client_of(name: str, cache_bytes: int) -> Client:
-    """The client of the flow of that name; there is one in each process."""
-    with _registering:
-        client = _clients.get(name)
-        if client is None:
-            client = _clients[name] = Client(name, cache_bytes)
-        client.is_stopped = False  # a new handle may mean a new start
-        return client
-
-
-def _after_fork() -> None:
-    global _registering
-    _registering = threading.Lock()
-    for client in list(_clients.values()):
-        client.after_fork()
-
-
-@atexit.register
-def _close_all() -> None:
-    for client in list(_clients.values()):
-        client.close()
-
-
-os.register_at_fork(after_in_child=_after_fork)

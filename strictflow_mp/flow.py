@@ -9,7 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from . import place
-from .client import ATTACH, Client, client_of
+from .client import ATTACH, Client
+from .clients import client_of
 from .errors import StrictFlowError
 from .future import TaskFuture
 from .owner import Owner, ask_to_stop
