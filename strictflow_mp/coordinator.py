@@ -250,6 +250,7 @@ class Coordinator:
                     rss=rss,
                     waits=words[segment.waits + session.slot],
                     waited=words[segment.waited + session.slot] / 1e9,
+                    is_waiting=bool(words[segment.waiting + session.slot]),
                 )
             )
         version = words[W_VERSION]

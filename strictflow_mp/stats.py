@@ -28,7 +28,8 @@ class WorkerStats:
     """One attached process. `cpu` is a percentage of one core since its start, `rss` bytes.
 
     `state` is "attached", or "leaving" while its end is not proved yet. `cpu` and `rss` are None when the
-    process cannot be seen. `waits` and `waited` (seconds) are those of its gated reads.
+    process cannot be seen. `waits` and `waited` (seconds) are those of its gated reads; `is_waiting` says whether one
+    sleeps at the gate now.
     """
 
     pid: int
@@ -38,6 +39,7 @@ class WorkerStats:
     rss: int | None
     waits: int
     waited: float
+    is_waiting: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class FlowStats:
     bytes_free: int
     bytes_pinned: int
     workers: tuple[WorkerStats, ...] = field(default=())
+
+    @property
+    def readers_waiting(self) -> int:
+        """Processes of which a read sleeps at the gate now."""
+        return sum(worker.is_waiting for worker in self.workers)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, for json."""

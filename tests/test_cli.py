@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+from datetime import date
 
 import psutil
 import pytest
 
 from strictflow_mp import StrictFlow
 from strictflow_mp.cli import main
+from strictflow_mp.commands import group
 
 
 @pytest.fixture
@@ -92,3 +97,85 @@ def test_clean_removes_what_a_killed_coordinator_left_and_no_more(served, capsys
         assert "removed flow 'served'" in capsys.readouterr().out
         assert listed() == {"living": "alive"}
         assert living.state["key"] == 1
+
+
+def cut_off(*names):
+    """Source that makes importing these fail, as if they were not installed."""
+    return f"import sys; sys.modules.update(dict.fromkeys({names})); "
+
+
+@pytest.mark.parametrize("missing", ["click", "rich"])
+def test_without_the_extra_each_command_says_what_to_install(run_python, missing):
+    call = "from strictflow_mp.cli import main; sys.exit(main({}))"
+    for given in (["ls"], ["serve", "flags"], ["demo", "--help"], []):
+        done = run_python(cut_off(missing) + call.format(given))
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.count("\n") == 1
+        assert "pip install 'strictflow-mp[cli]'" in done.stderr
+    done = run_python(
+        cut_off(missing) + "from strictflow_mp import demo; demo.run = lambda: 7; " + call.format(["demo"])
+    )
+    assert done.returncode == 7
+
+
+def test_a_wrong_call_exits_with_2_and_says_what_is_wrong(capsys, tmp_path):
+    no_object = tmp_path / "list.json"
+    no_object.write_text("[1]")
+    no_json = tmp_path / "broken.json"
+    no_json.write_text("{")
+    for given, said in (
+        (["shwo"], "Did you mean 'show'"),
+        (["top"], "Missing argument 'NAME'"),
+        (["top", "flags", "--interval", "0"], "--interval"),
+        (["serve", "flags", "--state", str(tmp_path / "absent")], "does not exist"),
+        (["serve", "flags", "--state", str(no_object)], "must hold a JSON object"),
+        (["serve", "flags", "--state", str(no_json)], "is not JSON"),
+        (["serve", "flags", "--log", "loud"], "--log"),
+    ):
+        assert main(given) == 2, given
+        assert said in capsys.readouterr().err, given
+
+
+@pytest.mark.parametrize("given", [[], *([name] for name in group.commands)])
+def test_every_command_has_a_help_with_an_example(capsys, given):
+    assert main([*given, "--help"]) == 0
+    told = capsys.readouterr().out
+    assert given == ["demo"] or "Examples:" in told
+
+
+def test_show_finds_keys_that_are_no_strings_and_writes_any_value_as_json(capsys):
+    state = {7: {"bytes": b"\x00", "when": date(2026, 1, 2)}, "7": 1, (1, "a"): {3, 1}}
+    with StrictFlow("keys", state=state):
+        for key, text in (("7", "1"), ("(1, 'a')", "[1, 3]")):
+            assert main(["show", "keys", key, "--json"]) == 0
+            assert capsys.readouterr().out == text + "\n"
+        assert main(["show", "keys", "--json"]) == 0
+        assert [row["key"] for row in json.loads(capsys.readouterr().out)] == [[1, "a"], "7", 7]
+
+
+def test_the_shell_completes_flows_and_keys(served, run_python):
+    def completed(words):
+        env = {"_STRICTFLOW_MP_COMPLETE": "bash_complete", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        lines = run_python("-m", "strictflow_mp", env=env).stdout.split()
+        return [line.partition(",")[2] for line in lines]
+
+    assert completed("strictflow-mp show se") == ["served"]
+    assert completed("strictflow-mp show served li") == ["limits"]
+    assert completed("strictflow-mp show nobody li") == []
+    served.terminate()
+    assert served.wait(30) == 0
+
+
+def test_serve_tells_the_service_manager(tmp_path):
+    address = str(tmp_path / "notify")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind(address)
+        manager.settimeout(60)
+        command = [sys.executable, "-m", "strictflow_mp", "serve", "told", "--log", "error"]
+        env = {**os.environ, "NOTIFY_SOCKET": address}
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) as process:
+            assert manager.recv(100) == b"READY=1"
+            StrictFlow.attach("told").close()
+            process.send_signal(signal.SIGINT)
+            assert manager.recv(100) == b"STOPPING=1"
+            assert process.wait(30) == 0

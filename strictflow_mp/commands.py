@@ -1,0 +1,289 @@
+"""The commands of ``strictflow-mp``, on click and rich (the extra ``cli``)."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import threading
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+from click.shell_completion import CompletionItem
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .core import setup_logging
+from .demo import run as run_demo
+from .errors import StrictFlowError
+from .flow import StrictFlow
+from .leftovers import sweep
+from .plain import plain
+from .readiness import tell
+from .rendezvous import places
+from .top import watch
+from .values import describe, unpack_key
+
+__all__ = ["group"]
+
+ATTACH = 1.0
+"""Seconds in which a flow that is served lets us in."""
+
+
+if TYPE_CHECKING:
+    ParamType = click.ParamType[str]
+else:
+    ParamType = click.ParamType  # no generic ahead of 8.4
+
+
+class FlowName(ParamType):
+    """The name of a flow; the shell completes it."""
+
+    name = "flow"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The flows of this user on this machine."""
+        names = {resident.name for place in places() if (resident := place.resident()) is not None}
+        return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
+
+
+class Key(ParamType):
+    """A key of a flow; the shell completes it."""
+
+    name = "key"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """The keys of the flow that was named before."""
+        try:
+            with closing(StrictFlow.attach(ctx.params["name"], timeout=ATTACH)) as flow:
+                keys = sorted(map(str, flow.snapshot(gated=False)))
+        except (StrictFlowError, KeyError):
+            return []
+        return [CompletionItem(key) for key in keys if key.startswith(incomplete)]
+
+
+def _print(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 1000).print(table)
+
+
+def _table(*columns: str, right: tuple[str, ...] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, justify="right" if column in right else "left", overflow="fold")
+    return table
+
+
+def _examples(*lines: str) -> str:
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_examples(
+        "strictflow-mp demo",
+        "strictflow-mp serve flags --state flags.json",
+        "strictflow-mp show flags",
+        "strictflow-mp top flags",
+    ),
+)
+@click.version_option(__version__, message="%(version)s")
+def group() -> None:
+    """Look after the flows of this user on this machine: one live state that many processes share.
+
+    Exit codes: 0 done, 1 failed, 2 called wrongly, 130 interrupted.
+    """
+
+
+@group.command("demo")
+def demo_command() -> int:
+    """Show a coordinator and four workers, and check what the readers saw.
+
+    Exits with 1 if any reader saw a stale or a half-done state.
+    """
+    return run_demo()
+
+
+@group.command(
+    "ls", epilog=_examples("strictflow-mp ls", "strictflow-mp ls --json | jq '.[] | select(.status == \"stale\")'")
+)
+@json_option
+def ls_command(as_json: bool) -> None:
+    """List the flows of this user on this machine, alive or stale."""
+    flows = [_entry(place) for place in places()]
+    if as_json:
+        click.echo(json.dumps(flows))
+        return
+    if not flows:
+        click.echo("no flow is here; `strictflow-mp serve NAME` starts one", err=True)
+        return
+    columns = ("name", "status", "pid", "version", "keys", "workers", "bytes")
+    table = _table(*columns, right=columns[2:])
+    for flow in flows:
+        table.add_row(
+            *(
+                f"{flow[column]:,}" if column in columns[3:] and column in flow else str(flow.get(column, "-"))
+                for column in columns
+            )
+        )
+    _print(table)
+    if any(flow["status"] == "stale" for flow in flows):
+        click.echo("`strictflow-mp clean` removes what is stale; starting it under its name goes on from it", err=True)
+
+
+def _entry(place: Any) -> dict[str, Any]:
+    resident = place.resident()
+    name = resident.name if resident else place.directory.name
+    entry: dict[str, Any] = {"name": name, "pid": resident.pid if resident else None, "status": "stale"}
+    if place.is_inhabited():
+        entry["status"] = "alive"
+        try:
+            with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
+                stats = flow.stats()
+        except StrictFlowError as error:
+            entry["error"] = str(error)
+            return entry
+        # We are attached too, for this moment.
+        entry |= {
+            "version": stats.version,
+            "keys": stats.keys,
+            "workers": len(stats.workers) - 1,
+            "bytes": stats.bytes_used,
+        }
+    return entry
+
+
+@group.command(
+    "show",
+    epilog=_examples(
+        "strictflow-mp show flags",
+        "strictflow-mp show flags dark_mode",
+        "strictflow-mp show flags limits --json | jq .low",
+    ),
+)
+@click.argument("name", type=FlowName())
+@click.argument("key", type=Key(), required=False)
+@json_option
+def show_command(name: str, key: str | None, as_json: bool) -> int:
+    """Show the keys of a flow with type and size, or the value of one.
+
+    KEY is a key as it is printed: 7 or (1, 'a') finds a number or a tuple where there is no such string.
+    """
+    with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow, flow.snapshot() as snapshot:
+        if key is not None:
+            found = [key] if key in snapshot else [other for other in snapshot if key in (str(other), repr(other))]
+            if not found:
+                click.echo(
+                    f"strictflow-mp: flow {name!r} has no key {key!r}; `strictflow-mp show {name}` lists them", err=True
+                )
+                return 1
+            value = snapshot[found[0]]
+            click.echo(json.dumps(plain(value)) if as_json else repr(value))
+            return 0
+        rows = [
+            (unpack_key(cell.key), describe(bytes(cell.payload[:64])), len(cell.payload)) for cell in snapshot.cells()
+        ]
+    rows.sort(key=lambda row: (str(row[0]), repr(row[0])))
+    if as_json:
+        click.echo(json.dumps([{"key": plain(key), "type": kind, "bytes": size} for key, kind, size in rows]))
+        return 0
+    table = _table("key", "type", "bytes", right=("bytes",))
+    for key_, kind, size in rows:
+        table.add_row(repr(key_), kind, f"{size:,}")
+    _print(table)
+    return 0
+
+
+@group.command(
+    "top",
+    epilog=_examples(
+        "strictflow-mp top flags", "strictflow-mp top flags --once", "strictflow-mp top flags --json --interval 5"
+    ),
+)
+@click.argument("name", type=FlowName())
+@click.option(
+    "--interval", type=click.FloatRange(min=0.1), default=1.0, show_default=True, help="Seconds between two looks."
+)
+@click.option("--once", is_flag=True, help="Look for one interval, print, and end.")
+@json_option
+def top_command(name: str, interval: float, once: bool, as_json: bool) -> None:
+    """Watch a flow: rates, queues, latencies, readers that wait, workers, memory.
+
+    Latencies are from a task's arrival at the coordinator to its answer, over the last 2,048. q ends it.
+    """
+    with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
+        watch(flow, interval=interval, once=once, json_lines=as_json)
+
+
+@group.command(
+    "serve",
+    epilog=_examples("strictflow-mp serve flags", "strictflow-mp serve flags --state flags.json --capacity 64000000"),
+)
+@click.argument("name", type=FlowName())
+@click.option(
+    "--state", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="The first state: a JSON object."
+)
+@click.option("--capacity", type=click.IntRange(min=1), help="Bytes for the state.")
+@click.option("--max-workers", type=click.IntRange(min=1), help="Processes that may attach.")
+@click.option("--discard", is_flag=True, help="Do not go on from the state that a dead flow left.")
+@click.option(
+    "--log",
+    type=click.Choice(["debug", "info", "warning", "error", "critical"], case_sensitive=False),
+    default="info",
+    show_default=True,
+    help="What is logged to stderr.",
+)
+def serve_command(
+    name: str, state: Path | None, capacity: int | None, max_workers: int | None, discard: bool, log: str
+) -> int:
+    """Run a flow that no application owns: for gunicorn, uvicorn, Celery, systemd.
+
+    Says on stdout when it is ready, and tells systemd (Type=notify). SIGTERM and SIGINT end it, with 0.
+    """
+    first: Any = {}
+    if state is not None:
+        try:
+            first = json.loads(state.read_text())
+        except ValueError as error:
+            raise click.BadParameter(f"{state} is not JSON: {error}", param_hint="--state") from None
+        if not isinstance(first, dict):
+            raise click.BadParameter(f"{state} must hold a JSON object", param_hint="--state")
+    setup_logging(log.upper())
+    given: dict[str, Any] = {"capacity": capacity, "max_workers": max_workers}
+    flow = StrictFlow(name, state=first, **{option: value for option, value in given.items() if value is not None})
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    flow.start_loop(recover=not discard)
+    click.echo(f"flow {name!r} is ready")
+    tell("READY=1")
+    while not ended.wait(0.2):
+        if not flow.is_running:
+            click.echo(f"strictflow-mp: flow {name!r} has ended", err=True)
+            return 1
+    tell("STOPPING=1")
+    flow.stop_loop()
+    return 0
+
+
+@group.command("clean", epilog=_examples("strictflow-mp clean", "strictflow-mp clean --json"))
+@json_option
+def clean_command(as_json: bool) -> None:
+    """Remove what dead flows left behind: their state, too. Never touches a live one."""
+    removed = sweep()
+    if as_json:
+        entries = [
+            {"name": resident.name if resident else None, "directory": directory, "objects": objects}
+            for directory, resident, objects in removed
+        ]
+        click.echo(json.dumps(entries))
+        return
+    for directory, resident, objects in removed:
+        click.echo(f"removed flow {repr(resident.name) if resident else directory}: {len(objects)} shared objects")
+    if not removed:
+        click.echo("nothing to remove", err=True)

@@ -1,0 +1,146 @@
+"""`strictflow-mp top`, on a terminal as a person would use it, and the rates that it shows."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+from contextlib import contextmanager
+
+import pytest
+from holding import held
+
+from strictflow_mp import StrictFlow
+from strictflow_mp.rates import Rates, rates
+from strictflow_mp.stats import FlowStats, Latency, WorkerStats
+
+
+@pytest.fixture
+def screen_of():
+    """What `strictflow-mp top ...` shows on a terminal of its own, so far; its keyboard; and the process."""
+
+    @contextmanager
+    def screen_of(*given, columns=100):
+        keyboard, terminal = pty.openpty()
+        termios.tcsetwinsize(terminal, (30, columns))
+        command = [sys.executable, "-m", "strictflow_mp", "top", *given]
+        env = {**os.environ, "TERM": "xterm"}
+        process = subprocess.Popen(
+            command, stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True
+        )
+        os.close(terminal)
+        shown = bytearray()
+
+        def read():
+            try:
+                while select.select([keyboard], [], [], 0)[0]:
+                    shown.extend(os.read(keyboard, 65536))
+            except OSError:
+                pass  # the process has gone, and the terminal with it
+            return shown.decode(errors="replace")
+
+        try:
+            yield read, keyboard, process
+        finally:
+            process.kill()
+            process.wait()
+            os.close(keyboard)
+
+    return screen_of
+
+
+needs_a_terminal = pytest.mark.skipif(not hasattr(termios, "tcsetwinsize"), reason="sizes of terminals: Python 3.11")
+
+
+@needs_a_terminal
+def test_top_shows_what_happens_until_q_is_pressed(screen_of, eventually):
+    with StrictFlow("busy", state={"number": 0}) as flow:
+        flow.state["number"]
+        with screen_of("busy", "--interval", "0.1") as (read, keyboard, process):
+            eventually(lambda: "version 1," in read())
+            for number in range(10):
+                flow.put("number", number + 1).result()
+            eventually(lambda: "version 11," in read())
+            assert str(os.getpid()) in read()
+            assert str(process.pid) not in read().replace(f"busy  {process.pid}", "")
+            os.write(keyboard, b"q")
+            eventually(lambda: process.poll() is not None)
+            assert process.returncode == 0
+            assert "\x1b[?1049l" in read()  # the former screen is back
+
+
+@needs_a_terminal
+def test_top_says_when_a_long_task_holds_everything_up_and_when_the_flow_ends(screen_of, eventually):
+    flow = StrictFlow("held", state={})
+    with flow, screen_of("held", "--interval", "0.1", columns=50) as (read, _, process):
+        eventually(lambda: "coordinator" in read())
+        with held(flow):
+            eventually(lambda: "has not answered" in read())
+        flow.stop_loop()
+        eventually(lambda: process.poll() is not None)
+        assert process.returncode == 1
+        assert "it was stopped" in read()
+
+
+@needs_a_terminal
+def test_top_goes_on_with_the_next_coordinator_and_is_interrupted_with_130(screen_of, eventually):
+    flow = StrictFlow("restarted", state={})
+    with flow, screen_of("restarted", "--interval", "0.1") as (read, _, process):
+        eventually(lambda: "coordinator" in read())
+        os.kill(flow.stats().coordinator_pid, signal.SIGKILL)
+        eventually(lambda: "1 restarts" in read(), timeout=30)
+        process.send_signal(signal.SIGINT)
+        eventually(lambda: process.poll() is not None)
+        assert process.returncode == 130
+
+
+def test_top_prints_lines_of_json_and_one_screen_without_a_terminal(run_python):
+    with StrictFlow("quiet", state={"a": 1, "b": 2}):
+        done = run_python("-m", "strictflow_mp", "top", "quiet", "--interval", "0.1", "--once", "--json")
+        seen = json.loads(done.stdout)
+        assert (seen["name"], seen["keys"], seen["workers"]) == ("quiet", 2, [])
+        assert seen["rates"]["tasks"] == {"1": 0.0, "2": 0.0}
+        done = run_python("-m", "strictflow_mp", "top", "quiet", "--interval", "0.1", "--once")
+        assert done.stdout.startswith("quiet  version 1, 2 keys")
+        assert "\x1b" not in done.stdout
+
+
+def seen(**changes):
+    fields = {
+        "name": "flow",
+        "version": 10,
+        "keys": 1,
+        "coordinator_pid": 1,
+        "restarts": 0,
+        "uptime": 100.0,
+        "tasks_run": {1: 100, 2: 50},
+        "tasks_failed": {1: 10, 2: 0},
+        "tasks_pending": {1: 0, 2: 0},
+        "latency": {1: Latency(0, 0, 0, 0), 2: Latency(0, 0, 0, 0)},
+        "readers_waited": 0.0,
+        "bytes_used": 0,
+        "bytes_free": 0,
+        "bytes_pinned": 0,
+        "workers": (WorkerStats(7, 1, "attached", None, None, 4, 1.0),),
+    }
+    return FlowStats(**{**fields, **changes})
+
+
+def test_rates_are_what_happened_in_between():
+    workers = (WorkerStats(7, 1, "attached", None, None, 8, 1.5), WorkerStats(8, 2, "attached", None, None, 4, 0.5))
+    later = seen(version=30, tasks_run={1: 120, 2: 50}, tasks_failed={1: 12, 2: 0}, workers=workers)
+    assert rates(seen(), later, 2.0) == Rates({1: 10.0, 2: 0.0}, {1: 1.0, 2: 0.0}, 10.0, 4.0, 0.125)
+    assert rates(seen(), seen(), 2.0).wait is None
+
+
+def test_rates_count_from_0_when_another_coordinator_has_taken_over():
+    later = seen(
+        coordinator_pid=2, restarts=1, uptime=1.0, version=12, tasks_run={1: 5, 2: 0}, tasks_failed={1: 0, 2: 0}
+    )
+    happened = rates(seen(), later, 10.0)
+    assert (happened.tasks, happened.failed, happened.commits) == ({1: 5.0, 2: 0.0}, {1: 0.0, 2: 0.0}, 2.0)
