@@ -8,7 +8,8 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import posix_ipc
 
@@ -18,11 +19,14 @@ from .failures import unpack_failure
 from .future import Port, TaskFuture
 from .gate import Gate
 from .processes import Identity
-from .segment import W_RESTARTS, Segment
+from .segment import W_RESTARTS, W_TRACE, Segment
 from .store import Pins, StoreReader
 from .turn import Turn
 from .values import unpack
 from .wire import Frame, Stream
+
+if TYPE_CHECKING:
+    from .tracer import Tracer
 
 __all__ = ["Attachment"]
 
@@ -44,6 +48,7 @@ class Attachment:
         self.max_pending: int = welcome["max_pending"]
         self.gate_timeout: float = welcome["gate_timeout"]
         self.segment = Segment.open(welcome["segment"])
+        self.words = self.segment.words
         self.gate = Gate(self.segment, self.slot, posix_ipc.Semaphore(welcome["semaphore"]))
         self.pins = Pins(self.segment, self.slot)
         self.reader = StoreReader(self.segment, self.pins)
@@ -61,6 +66,18 @@ class Attachment:
         self.is_lost = False
         self.dead_since: float | None = None
         self.is_served_by(welcome)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether a run is recorded."""
+        return bool(self.words[W_TRACE])
+
+    @cached_property
+    def tracer(self) -> Tracer:
+        """What tells of us while a run is recorded (the word TRACE)."""
+        from .tracer import Tracer  # most processes are never recorded
+
+        return Tracer(self.flow, self.segment, self.slot, self.tenant)
 
     def is_served_by(self, welcome: dict[str, Any]) -> None:
         """A coordinator has taken us, or taken us back."""
@@ -128,6 +145,13 @@ class Attachment:
         while unread and unread[0] not in pending:
             self.acked = unread.popleft()
         return is_long and self.acked >= number
+
+    def settle_traced(self, frame: Frame) -> bool:
+        """As `settle`, while a run is recorded."""
+        numbers = range(frame[1], frame[1] + len(frame[2])) if frame[0] == wire.RESULT else [frame[1]]
+        due = [(number, self.pending[number].label) for number in numbers if number in self.pending]
+        with self.tracer.reading(due):
+            return self.settle(frame)
 
     def __repr__(self) -> str:
         return f"<Attachment to {self.flow!r} in slot {self.slot}, {len(self.pending)} answers due>"

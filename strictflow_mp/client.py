@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ from .future import TaskFuture
 from .lost import Reason, gone, settle_all
 from .port import Port
 from .rendezvous import Place
-from .segment import PREFIX, W_RESTARTS
+from .segment import PREFIX, W_RESTARTS, W_TRACE
 from .state import FlowState
 from .store import StoreReader
 from .turn import Turn
@@ -179,7 +180,9 @@ class Client:
                 raise self._late(timeout)
 
     def _wait_at_gate(self, attachment: Attachment, deadline: float, timeout: float | None) -> None:
-        if not attachment.gate.wait(deadline, lambda: self._check(attachment, deadline)):
+        with attachment.tracer.at_gate(attachment.gate) if attachment.words[W_TRACE] else nullcontext():
+            is_open = attachment.gate.wait(deadline, lambda: self._check(attachment, deadline))
+        if not is_open:
             raise self._late(attachment.gate_timeout if timeout is None else timeout)
 
     def _late(self, seconds: float | None) -> GateTimeout:
@@ -235,7 +238,11 @@ class Client:
                 if attachment.is_lost or room <= 0:
                     continue
                 batch = packed[position : position + min(room, BATCH if position else FIRST)]
+                began = time.monotonic_ns() if attachment.words[W_TRACE] else 0
                 futures += self._call_batch(attachment, task, batch)
+                if began:
+                    ended = time.monotonic_ns()
+                    attachment.tracer.submitted(task.name, task.priority, futures[position:], began, ended)
             position += len(batch)
         return futures
 
@@ -285,9 +292,13 @@ class Client:
                 number = attachment.last = attachment.last + 1
                 flag = attachment.writes = attachment.writes + 1
                 sent = (wire.PUT, number, list(changes.items()), flag, attachment.acked)
+                began = time.monotonic_ns() if attachment.words[W_TRACE] else 0
                 future = self._new_future(attachment, "put", sent)
                 attachment.unread.append(number)
                 self._submit(attachment, wire.pack_frame(*sent))
+                if began:
+                    ended = time.monotonic_ns()
+                    attachment.tracer.submitted("put", 1, [future], began, ended)
                 return future
 
     def write(self, changes: dict[bytes, bytes | None]) -> None:
@@ -439,12 +450,13 @@ class Client:
                 return  # another thread has closed it, or come back with a new one
             raise
         inbox = stream.inbox
+        settle = attachment.settle_traced if attachment.words[W_TRACE] else attachment.settle
         while inbox:
             # A signal handler may raise anywhere: settling twice does no harm.
             frame = inbox[0]
             attachment.is_settling = True
             try:
-                if attachment.settle(frame):
+                if settle(frame):
                     with self._submitting:
                         if not attachment.is_lost:
                             attachment.stream.send(wire.pack_frame(wire.ACK, attachment.acked))
@@ -474,7 +486,7 @@ class Client:
             try:
                 self._read(attachment, None)
             except ProtocolError as error:
-                logger.error("flow %r: %s", self.name, error)
+                logger.error("flow %r: %s", self.name, error, extra={"flow": self.name, "error": "ProtocolError"})
                 self._lose(attachment)
         attachment.reading.leave()
 
@@ -532,7 +544,8 @@ class Client:
             resume = (attachment.slot, attachment.tenant, attachment.first_unfinished)
             reached = try_to_reach(self.name, resume, RESTART)
         except StrictFlowError as error:
-            logger.error("flow %r: the next coordinator does not take us: %s", self.name, error)
+            why = {"flow": self.name, "error": type(error).__name__}
+            logger.error("flow %r: the next coordinator does not take us: %s", self.name, error, extra=why)
             self._lose(attachment)
             return False
         if reached is None:
@@ -549,7 +562,10 @@ class Client:
             raise
         attachment.stream = stream
         attachment.is_served_by(welcome)
-        logger.info("flow %r: came back to pid %d with %d tasks", self.name, attachment.coordinator, len(again))
+        about = {"flow": self.name, "peer": attachment.coordinator, "restarts": attachment.restarts}
+        logger.info(
+            "flow %r: came back to pid %d with %d tasks", self.name, attachment.coordinator, len(again), extra=about
+        )
         return True
 
     def _lose(self, attachment: Attachment, reason: Reason | None = None) -> None:

@@ -21,10 +21,11 @@ from multiprocessing import current_process
 from typing import Any
 
 from . import handshake, leftovers, place
-from .core import logger, setup_logging
+from .core import logger, serve, setup_logging
 from .errors import FlowNotRunning, ProtocolError, StrictFlowError
 from .gate import GateKeeper
 from .processes import Identity, let_interrupts_in
+from .recorder import Recorder
 from .rendezvous import Lease, Resident
 from .segment import (
     PREFIX,
@@ -63,6 +64,7 @@ def main(message: dict[str, Any]) -> None:
             descriptor on which to say "ready".
     """
     current_process().name = "SF-LOOP"
+    serve(message["name"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     let_interrupts_in()  # for the children of tasks; here they are ignored
     if message["log_level"] is not None:
@@ -162,6 +164,7 @@ class Coordinator:
             gate,
             self._sessions,
             Marker(segment),
+            Recorder(name, segment, self._writer, self._lease.place.trace),
             task_timeout=options["task_timeout"],
             max_pending=options["max_pending"],
             report=self._report,
@@ -184,7 +187,7 @@ class Coordinator:
 
     def run(self) -> None:
         """Serve until stopped, then remove everything."""
-        logger.info("flow %r is served by pid %d", self._name, os.getpid())
+        logger.info("flow %r is served by pid %d", self._name, os.getpid(), extra={"version": self._writer.version})
         assert self._sessions is not None
         try:
             self._loop.run()
@@ -200,7 +203,7 @@ class Coordinator:
         self._loop.answer_stops()
         self._sessions.flush(FAREWELL)
         self._remove()
-        logger.info("flow %r has ended", self._name)
+        logger.info("flow %r has ended", self._name, extra={"version": self._writer.version})
 
     def _leave_to_parent(self) -> None:
         """In a process that a task forked: the lock and the connections are its parent's, and end with it."""

@@ -2,6 +2,8 @@
 
 The names are those of the thread library StrictFlow, so that ``from strictflow_mp.core import logger`` and
 ``setup_logging`` work as they did there.
+
+Every record carries fields for handlers that write them apart (JSON, OpenTelemetry): see `FIELDS`.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import logging
 import sys
 import threading
 
-__all__ = ["READ_PRIORITY", "WRITE_PRIORITY", "logger", "priority", "setup_logging"]
+__all__ = ["FIELDS", "READ_PRIORITY", "WRITE_PRIORITY", "logger", "priority", "setup_logging"]
 
 WRITE_PRIORITY = 1
 """P1."""
@@ -23,6 +25,39 @@ logger.addHandler(logging.NullHandler())
 
 priority: contextvars.ContextVar[int | None] = contextvars.ContextVar("strictflow_mp.priority", default=None)
 """The priority of the task that runs here: 1, 2, or None outside tasks."""
+
+FIELDS = ("flow", "priority", "task", "version", "error", "peer", "slot", "restarts", "exit_code")
+"""Attributes of each record of `logger`; None where they say nothing.
+
+flow: its name. In SF-LOOP always, elsewhere where a line speaks of one.
+priority: 1 or 2 in a task, None outside.
+task: the name of the task that the line speaks of.
+version: the committed version.
+error: the type of the exception.
+peer, slot: the pid and the slot of the process that the line speaks of.
+restarts: how often the coordinator, or a worker, has been started again.
+exit_code: that of a process that has ended; negative for a signal.
+"""
+
+_flow: str | None = None
+
+
+def serve(flow: str) -> None:
+    """From now on this process's lines are those of that flow."""
+    global _flow
+    _flow = flow
+
+
+def _complete(record: logging.LogRecord) -> bool:
+    fields = record.__dict__
+    fields.setdefault("flow", _flow)
+    fields.setdefault("priority", priority.get())
+    for name in FIELDS:
+        fields.setdefault(name, None)
+    return True
+
+
+logger.addFilter(_complete)
 
 _FORMAT = "[%(asctime)s.%(msecs)03d] %(levelname)-8s %(place)-12s (P%(flow_priority)s) %(message)s"
 

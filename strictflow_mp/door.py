@@ -61,7 +61,7 @@ class Door:
         except (OSError, EOFError):
             newcomer.close()
         except ProtocolError as error:
-            logger.warning("%s", error)
+            logger.warning("%s", error, extra={"error": type(error).__name__})
             newcomer.close()
         else:
             self._through.append((newcomer, greeting))

@@ -21,6 +21,7 @@ from .wire import STATS
 
 if TYPE_CHECKING:
     from .stats import FlowStats
+    from .trace import Trace
     from .workers import Restart, WorkerGroup
 
 __all__ = ["StrictFlow"]
@@ -281,6 +282,25 @@ class StrictFlow:
         from .workers import WorkerGroup  # only those who spawn need it
 
         return WorkerGroup(target, args, processes, restart)
+
+    def trace(self, path: str | os.PathLike[str]) -> Trace:
+        """Record the run into a file, for ui.perfetto.dev or chrome://tracing, until what is returned is closed.
+
+        One track for each process: its submits, what it waited for at the gate and for how long, its answers; SF-LOOP's
+        with bursts, P1 and P2 tasks and commits. Other processes need not do anything. The recording goes on when the
+        coordinator is started again; the burst that was running when it died is missing. The file is written by
+        ``close()``, or at the end of a ``with``. The format is Chrome's Trace Event Format.
+
+        Raises:
+            OSError: nothing can be written there.
+            FlowNotRunning: no coordinator serves the flow.
+            StrictFlowError: its run is being recorded already, or this is a task.
+        """
+        if self._inside is not None:
+            raise StrictFlowError("a task cannot record its own flow; let another process do it", flow=self.name)
+        from .trace import Trace  # only those who record need it
+
+        return Trace(self._client, path)
 
     def stats(self) -> FlowStats:
         """The state of the flow, at this moment."""

@@ -142,6 +142,11 @@ class Gate:
         """Whether it ended because its coordinator died."""
         return bool(self._words[W_STATUS] == CONDEMNED)
 
+    def behind(self) -> list[tuple[int, int]]:
+        """What a read that begins now waits for: the slots whose flag is up, each with the number of its last P1."""
+        both = zip(self.submitted.tolist(), self.finished.tolist(), strict=True)
+        return [(slot, target) for slot, (target, done) in enumerate(both) if target > done]
+
     def wait(self, deadline: float | None, check: Callable[[], None]) -> bool:
         """Wait until every P1 task submitted by now is finished.
 
@@ -153,11 +158,7 @@ class Gate:
             False when the deadline has passed. True too when the flow was stopped: look at `is_stopped`.
         """
         finished = self.finished
-        behind = [
-            (slot, target)
-            for slot, (target, done) in enumerate(zip(self.submitted.tolist(), finished.tolist(), strict=True))
-            if target > done
-        ]
+        behind = self.behind()
         if not behind:
             return True
         began = time.monotonic()

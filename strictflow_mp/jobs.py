@@ -29,6 +29,7 @@ class Function:
         self.plain_key = None if key is None else unpack_key(key)
         self.path = path_of(self.plain_key)
         self.timeout = timeout
+        self.fields = {"task": name}  # of log lines
 
     def __repr__(self) -> str:
         return f"<P{self.priority} function {self.name}>"

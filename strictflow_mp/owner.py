@@ -125,23 +125,24 @@ class Owner:
         with self._changing:
             if self._is_ending or self._child.exitcode == 0:
                 return False
-            logger.warning("flow %r: its coordinator ended with %s", self.name, self._child.exitcode)
+            about = {"flow": self.name, "peer": self._child.pid, "exit_code": self._child.exitcode}
+            logger.warning("flow %r: its coordinator ended with %s", self.name, self._child.exitcode, extra=about)
             time.sleep(pause)
             try:
                 self._child = self._launch(self.name, {**self._options, "recover": True, "is_restart": True})
             except FlowExists:
                 return False  # somebody was faster: it is theirs now
-            except FlowNotRunning as error:
-                if Place.of(self.name).resident() is None:
-                    return False  # it died while it stopped; what was left is removed
-                logger.error("flow %r: its coordinator could not be restarted: %s", self.name, error)
             except Exception as error:
-                logger.error("flow %r: its coordinator could not be restarted: %s", self.name, error)
+                if isinstance(error, FlowNotRunning) and Place.of(self.name).resident() is None:
+                    return False  # it died while it stopped; what was left is removed
+                about = {"flow": self.name, "error": type(error).__name__}
+                logger.error("flow %r: its coordinator could not be restarted: %s", self.name, error, extra=about)
         return True
 
     def give_up(self) -> None:
         """It fails again and again: tell everybody, and leave the state for the next start."""
-        logger.error("flow %r: its coordinator failed %d times in a row; given up", self.name, FAILURES)
+        about = {"flow": self.name}
+        logger.error("flow %r: its coordinator failed %d times in a row; given up", self.name, FAILURES, extra=about)
         leftovers.abandon(self.name)
 
     def stop(self, client: Client, *, drain: bool, timeout: float | None) -> None:

@@ -34,7 +34,12 @@ class Port:
 
     def wait(self, future: TaskFuture[Any], timeout: float | None) -> None:
         self._check_process()
-        self._client.wait(self._attachment, future, timeout)
+        attachment = self._attachment
+        if attachment.is_traced and timeout != 0:
+            with attachment.tracer.at_result(future):
+                self._client.wait(attachment, future, timeout)
+        else:
+            self._client.wait(attachment, future, timeout)
 
     def serve(self) -> None:
         self._check_process()

@@ -1,7 +1,8 @@
 """The rendezvous: the directory where the processes of a flow find each other by its name.
 
 Owns: ``<base>/<flow>/`` with three files: ``lock`` (held with flock by the living coordinator; says who it
-    is), ``key`` (the authentication key) and ``socket``. The coordinator makes and removes them.
+    is), ``key`` (the authentication key) and ``socket``; and ``trace``, a link, while a run is recorded
+    (`recorder`). The coordinator makes and removes them.
 Read by: everybody who attaches.
 If we die here: the kernel releases the lock, so the next start sees that nobody lives there, removes what
     the dead left (`Leftover`), and begins anew.
@@ -86,6 +87,7 @@ class Place:
         self.lock = directory / "lock"
         self.key = directory / "key"
         self.socket = directory / "socket"
+        self.trace = directory / "trace"
 
     @classmethod
     def of(cls, name: str) -> Place:
@@ -246,7 +248,7 @@ class Lease:
 
     def leave(self) -> None:
         """Remove everything, then let go of the lock."""
-        for path in (self.place.socket, self.place.key, self.place.lock):
+        for path in (self.place.trace, self.place.socket, self.place.key, self.place.lock):
             path.unlink(missing_ok=True)
         for directory in (self.place.directory, self.place.directory.parent):
             try:

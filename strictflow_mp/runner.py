@@ -144,7 +144,7 @@ class Runner:
                 self._marker.mark(job.owner, job.number)
                 audit("strictflow_mp.task.marked")
                 if self._is_debugging:
-                    logger.debug("%s starts", function.name)
+                    logger.debug("%s starts", function.name, extra=function.fields)
                 args, kwargs = unpack_arguments(job.arguments)
                 key = function.key
                 if key is None:
@@ -157,7 +157,7 @@ class Runner:
                         raise self._aborted(function)
                     job.payload = pack(result, function.path)
                 if self._is_debugging:
-                    logger.debug("%s ends", function.name)
+                    logger.debug("%s ends", function.name, extra=function.fields)
             finally:
                 self._marker.clear()
                 self._inside.transaction = None
@@ -220,7 +220,7 @@ class Runner:
             args, kwargs = unpack_arguments(job.arguments)
             if function.key is not None:
                 args = [self._inside.committed.get(function.plain_key), *args]
-            logger.debug("%s starts", function.name)
+            logger.debug("%s starts", function.name, extra=function.fields)
             self._marker.mark(job.owner, job.number)
             try:
                 if function.timeout is None:
@@ -232,7 +232,7 @@ class Runner:
             if isinstance(result, CoroutineType):
                 self._start_async(job, function, result)
                 return
-            logger.debug("%s ends", function.name)
+            logger.debug("%s ends", function.name, extra=function.fields)
             self.succeed(job, result)
         except BaseException as error:
             self.fail(job, error)
@@ -252,7 +252,7 @@ class Runner:
             if not kept:
                 assert timeout is not None
                 raise self._overrun(function.name, timeout)
-            logger.debug("%s ends", function.name)
+            logger.debug("%s ends", function.name, extra=function.fields)
             return result
 
         async def marked() -> Any:
@@ -301,12 +301,12 @@ class Runner:
             error.flow = self.name
         job.failure = error
         if job.session is None:
-            logger.error("%s failed: %r", job.name, error)
+            logger.error("%s failed: %r", job.name, error, extra=_about(job, error))
             return
         text, blob = pack_failure(error)
         job.answer = wire.pack_frame(wire.FAILURE, job.number, text, blob)
         token = priority.set(job.priority)
-        logger.warning("%s failed, nothing was committed: %r", job.name, error)
+        logger.warning("%s failed, nothing was committed: %r", job.name, error, extra=_about(job, error))
         priority.reset(token)
 
     def take_back(self, job: Call) -> None:
@@ -328,3 +328,11 @@ class Runner:
 
     def __repr__(self) -> str:
         return f"<Runner of flow {self.name!r}>"
+
+
+def _about(job: Call, error: BaseException) -> dict[str, Any]:
+    """For log lines: which task failed, and how."""
+    about = {"task": job.name, "priority": job.priority, "error": type(error).__name__}
+    if job.session is not None:
+        about |= {"peer": job.session.identity.pid, "slot": job.session.slot}
+    return about

@@ -21,6 +21,7 @@ words                   writer                 meaning
 28 TENANCIES            coordinator            admissions to a slot so far
 29 LOADING              coordinator, at start  the function that the last dead one was loading
 30 LOADINGS             coordinator, at start  how many in a row died while they loaded that
+31 TRACE                coordinator            when the recording of the run began: monotonic ns, or 0
 64 .. 127               coordinator, at start  the flow's name, UTF-8
 128 .. 2175             coordinator            ring of 256 commit records, 8 words each
 then, one word a slot
@@ -61,11 +62,11 @@ PREFIX = "sfmp-"
 """How the names of all shared objects of this library begin."""
 
 MAGIC = int.from_bytes(b"SFLOWMP\x01", "little")
-LAYOUT = 4
+LAYOUT = 5
 
 W_MAGIC, W_LAYOUT, W_SIZE, W_SLOTS, W_PID, W_START, W_KEY, W_RESTARTS = 0, 1, 2, 3, 4, 5, 8, 10
 W_VERSION, W_STATUS, W_HORIZON, W_CLAIMED, W_NAME, W_RING = 16, 17, 24, 25, 64, 128
-W_SUSPECT, W_DEADLINE, W_TENANCIES, W_LOADING, W_LOADINGS = 26, 27, 28, 29, 30
+W_SUSPECT, W_DEADLINE, W_TENANCIES, W_LOADING, W_LOADINGS, W_TRACE = 26, 27, 28, 29, 30, 31
 NAME_BYTES = 512
 SERVING, STOPPED, CONDEMNED, STARTING = 1, 2, 3, 4
 

@@ -192,7 +192,8 @@ class Sessions:
 
     def expel(self, session: Session, error: Exception) -> None:
         """Close the connection of a process that broke the rules."""
-        logger.warning("connection of pid %d closed: %s", session.identity.pid, error)
+        about = {**_about(session), "error": type(error).__name__}
+        logger.warning("connection of pid %d closed: %s", session.identity.pid, error, extra=about)
         self.close(session)
 
     # Newcomers
@@ -244,7 +245,7 @@ class Sessions:
             session.answered = _answers_of(self._receipts.of(session.tenant)) or None
             self._enter(session)
             self._watch(session, select.EPOLLIN, new=True)
-            logger.debug("pid %d attached in slot %d", session.identity.pid, session.slot)
+            logger.debug("pid %d attached in slot %d", session.identity.pid, session.slot, extra=_about(session))
 
     def _session(self, stream: Stream | None, tenancy: Tenancy) -> Session:
         identity = Identity(tenancy.pid, tenancy.start, self._me.boot, tenancy.space)
@@ -409,7 +410,7 @@ class Sessions:
         del self._by_slot[session.slot]
         # A read may have waited for a flag that is no longer up.
         self._gate.wake()
-        logger.debug("pid %d left slot %d", session.identity.pid, session.slot)
+        logger.debug("pid %d left slot %d", session.identity.pid, session.slot, extra=_about(session))
 
     @property
     def is_deserted(self) -> bool:
@@ -448,6 +449,11 @@ class Sessions:
 
     def __repr__(self) -> str:
         return f"<Sessions {list(self._by_slot.values())}>"
+
+
+def _about(session: Session) -> dict[str, int]:
+    """For log lines: whom they speak of."""
+    return {"peer": session.identity.pid, "slot": session.slot}
 
 
 def _answers_of(receipts: list[Receipt]) -> dict[int, bytes]:

@@ -13,10 +13,12 @@ from typing import Any
 
 from . import functions, wire
 from .core import logger
-from .errors import CoordinatorLost, FlowNotRunning, ProtocolError, SerializationError, TaskCrashed
+from .errors import CoordinatorLost, FlowNotRunning, ProtocolError, SerializationError, StrictFlowError, TaskCrashed
+from .failures import pack_failure
 from .gate import GateKeeper
 from .inside import Inside
 from .jobs import Broken, Call, Function
+from .recorder import Recorder
 from .runner import Runner
 from .scheduler import Scheduler, State, Step
 from .sessions import Session, Sessions
@@ -70,6 +72,7 @@ class SFLoop:
         gate: GateKeeper,
         sessions: Sessions,
         marker: Marker,
+        recorder: Recorder,
         *,
         task_timeout: float | None,
         max_pending: int,
@@ -83,6 +86,8 @@ class SFLoop:
         self.stepper = stepper = Stepper(sessions.epoll.fileno())
         self.inside = inside = Inside(name, writer, reader, gate, scheduler, stepper, report, task_timeout)
         self.runner = Runner(name, writer, reader, gate, sessions, marker, scheduler, stepper, inside)
+        self._recorder = recorder
+        recorder.serve(self.runner)
         self._writer = writer
         self._receipts = writer.receipts
         self._max_pending = max_pending
@@ -149,6 +154,7 @@ class SFLoop:
         if sessions.has_leavers:
             sessions.reclaim()
             self.runner.notices.keep(lambda session: session.is_open)
+            self._recorder.look()
 
     def _look_for_writes(self) -> bool:
         """Before a P2 goes on: is a P1 queued? Its frame may still be in its pipe, but its flag is up."""
@@ -221,6 +227,9 @@ class SFLoop:
         elif kind == wire.WATCH:
             wire.check_fields(frame, int, int, tuple)
             self._watch(session, *frame[1:])
+        elif kind == wire.TRACE:
+            wire.check_fields(frame, int, str, bool)
+            self._trace(session, *frame[1:])
         elif kind == wire.GOODBYE:
             session.said_goodbye = True
             self.sessions.close(session)
@@ -234,6 +243,17 @@ class SFLoop:
         notices.wait(session, number, version, keys, self._writer.version)
         for waiting, asked in notices.due():
             self._reply(waiting, asked, None)
+
+    def _trace(self, session: Session, number: int, directory: str, on: bool) -> None:
+        try:
+            if on:
+                self._recorder.start(session.tenant, directory)
+            else:
+                self._recorder.stop(directory)
+        except (OSError, ValueError, StrictFlowError) as error:
+            self.sessions.send(session, wire.pack_frame(wire.FAILURE, number, *pack_failure(error)))
+        else:
+            self._reply(session, number, None)
 
     def _reply(self, session: Session, number: int, value: Any) -> None:
         """Answer a question."""
@@ -370,4 +390,5 @@ class SFLoop:
 
     def close(self) -> None:
         """Give up the asyncio loop."""
+        self._recorder.close()
         self.stepper.close()

@@ -73,6 +73,7 @@ def take_over(segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str
         me.pid,
         writer.version,
         words[W_RESTARTS],
+        extra={"version": writer.version, "restarts": words[W_RESTARTS]},
     )
     return tenancies
 

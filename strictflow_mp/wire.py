@@ -14,6 +14,7 @@ Client to coordinator::
     [STATS, seq]
     [STOP, seq, drain]
     [WATCH, seq, version, [key, ...]]  asks to be told when one of the keys (none: any) has changed after that version
+    [TRACE, seq, directory, on]        asks to record the run into that directory, or no more
     [GOODBYE]                          the client will not touch its slot again
 
 `flag` is the number in its slot (`gate`) of a P1, or of the first of several; 0 for a P2. After the coordinator's
@@ -45,7 +46,7 @@ from .spin import look_for
 
 __all__ = ["MAX_FRAME", "PROTOCOL", "Frame", "Stream", "check_fields", "pack_frame", "unpack_frame"]
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Version of everything in this module."""
 
 MAX_FRAME = 1 << 30
@@ -54,7 +55,7 @@ MAX_FRAME = 1 << 30
 MAX_FIELDS = 1 << 19
 """Fields in a frame, or changes in a put, at most: what is announced is set aside before it comes."""
 
-FUNCTION, CALL, PUT, CANCEL, STATS, STOP, GOODBYE, ACK, COUNT, WATCH = range(1, 11)
+FUNCTION, CALL, PUT, CANCEL, STATS, STOP, GOODBYE, ACK, COUNT, WATCH, TRACE = range(1, 12)
 RESULT, FAILURE, CANCELLED, REFUSED = range(1, 5)
 
 RECEIVE = 1 << 18

@@ -133,8 +133,11 @@ class WorkerGroup:
                 if self._ending.wait(pauses[worker]):
                     return
                 pauses[worker] = min(LONGEST, pauses[worker] * 2)
-                logger.warning("worker %s (pid %d) ended with %s: restarted", worker.name, worker.pid, code)
                 worker.restarts += 1
+                about = {"peer": worker.pid, "exit_code": code, "restarts": worker.restarts}
+                logger.warning(
+                    "worker %s (pid %d) ended with %s: restarted", worker.name, worker.pid, code, extra=about
+                )
                 worker._child = self._launch(worker.name, worker.number)
                 began[worker] = time.monotonic()
 

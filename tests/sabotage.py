@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 
 from strictflow_mp import gate, state, transaction
 from strictflow_mp.client import Client
-from strictflow_mp.segment import W_LOADINGS
+from strictflow_mp.segment import W_TRACE
 from strictflow_mp.store import commit, pins, reader
 
-W_NEVER_WRITTEN = W_LOADINGS + 1
+W_NEVER_WRITTEN = W_TRACE + 1
 
 
 def reuse_memory_at_once() -> None:
