@@ -21,7 +21,7 @@ __all__ = ["Child", "Identity", "launch", "let_interrupts_in", "open_pidfd", "wa
 
 
 def start_time(pid: int) -> int | None:
-    """When a process started, in clock ticks since boot; None when there is no such process here.
+    """When a process started, in clock ticks since boot; None when we see no such process, 0 when we may not look.
 
     Ticks since boot do not move when the wall clock is set. A zombie has ended: it runs no more
     instructions.
@@ -32,21 +32,8 @@ def start_time(pid: int) -> int | None:
     except (FileNotFoundError, ProcessLookupError):
         return None
     except OSError:
-        return _start_time_elsewhere(pid)
-    return None if fields[0] in (b"Z", b"X") else int(fields[19])
-
-
-def _start_time_elsewhere(pid: int) -> int | None:
-    import psutil  # on Linux it is needed for statistics only, and it takes 15 ms to import
-
-    try:
-        process = psutil.Process(pid)
-        ended = process.status() == psutil.STATUS_ZOMBIE
-        return None if ended else int(process.create_time() * 100)
-    except psutil.NoSuchProcess:
-        return None
-    except psutil.AccessDenied:
         return 0
+    return None if fields[0] in (b"Z", b"X") else int(fields[19])
 
 
 def _read_boot() -> int:
@@ -102,11 +89,9 @@ class Identity(NamedTuple):
             return False
         if not self.start:
             return _is_zombie_or_gone(self.pid)
-        if not os.path.isdir("/proc/self"):
-            return start_time(self.pid) is None
         now = start_time(self.pid)
         if now is None:
-            # hidepid= hides the directory of a process that lives; the kernel still knows it.
+            # hidepid= hides the directory of a process that lives, or there is no /proc; the kernel still knows it.
             return _is_zombie_or_gone(self.pid)
         return now not in (self.start, 0)
 

@@ -166,6 +166,15 @@ def test_the_shell_completes_flows_and_keys(served, run_python):
     assert served.wait(30) == 0
 
 
+def test_show_has_a_line_for_each_key(served, capsys):
+    assert main(["show", "served"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert [line[:2] for line in lines] == [["'flag'", "bool"], ["'limits'", "dict"]]
+    assert all(int(line[2]) > 0 for line in lines)
+    served.terminate()
+    assert served.wait(30) == 0
+
+
 def test_serve_tells_the_service_manager(tmp_path):
     address = str(tmp_path / "notify")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
@@ -179,3 +188,12 @@ def test_serve_tells_the_service_manager(tmp_path):
             process.send_signal(signal.SIGINT)
             assert manager.recv(100) == b"STOPPING=1"
             assert process.wait(30) == 0
+
+
+def test_serve_ends_when_somebody_else_has_stopped_the_flow():
+    command = [sys.executable, "-m", "strictflow_mp", "serve", "served", "--log", "critical"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "flow 'served' is ready\n"
+        StrictFlow.attach("served").stop_loop()
+        assert process.wait(30) == 1
+        assert process.stderr.read() == "strictflow-mp: flow 'served' has ended\n"

@@ -265,3 +265,59 @@ def test_a_submit_goes_on_when_the_pipe_was_full(eventually):
         thread.join()
         assert [future.exception() for future in futures] == [None] * 50
         assert flow.state["log"] == list(range(50))
+
+
+def test_a_callback_that_fails_is_logged_and_keeps_no_other_from_being_called(flow, log, caplog):
+    called = []
+
+    def fail(future):
+        raise LookupError("in a callback")
+
+    with held(flow):
+        future = log("a")
+        for callback in (fail, called.append, fail, called.append):
+            future.add_done_callback(callback)
+        assert called == []
+    future.result()
+    future.add_done_callback(called.append)
+    future.add_done_callback(fail)
+    assert called == [future] * 3
+    assert [record.exc_info[0] for record in caplog.records if record.name == "concurrent.futures"] == [LookupError] * 3
+
+
+def test_whoever_waits_for_the_first_failure_hears_of_failures_and_of_what_was_taken_back(flow, log, eventually):
+    @write(flow)
+    def fail():
+        raise LookupError("no")
+
+    with cf.ThreadPoolExecutor(1) as pool:
+        with held(flow):
+            futures = [log("a"), fail(), log("b")]
+            waiting = pool.submit(cf.wait, futures, return_when=cf.FIRST_EXCEPTION)
+            eventually(lambda: futures[1]._listeners)
+        assert {type(future.exception()) for future in waiting.result().done} >= {LookupError}
+        with held(flow):
+            futures = [log("c"), log("d")]
+            waiting = pool.submit(cf.wait, futures)
+            eventually(lambda: futures[1]._listeners)
+            cancelling = threading.Thread(target=futures[1].cancel)
+            cancelling.start()
+        cancelling.join()
+        assert waiting.result().done == set(futures)
+        assert not any(future.running() for future in futures)
+
+
+def test_an_async_read_that_sleeps_is_taken_back_when_nobody_awaits_it_any_more(flow, eventually):
+    @read(flow)
+    async def sleep():
+        await asyncio.sleep(3600)
+
+    async def main():
+        future = sleep()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(future, 0.01)
+        return future
+
+    future = asyncio.run(main())
+    eventually(future.done)
+    assert future.cancelled()

@@ -71,6 +71,26 @@ def test_who_is_not_seen_is_dead_only_when_the_kernel_knows_no_such_pid(sleeper)
     assert unseen.is_dead()
 
 
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError])
+def test_whoever_hides_proc_from_us_makes_nobody_dead_and_nobody_another(sleeper, monkeypatch, error):
+    seen = Identity.of(sleeper.pid)._replace(space=0)
+
+    def refuse(*args):
+        raise error(args)
+
+    monkeypatch.setattr(processes_module, "open", refuse, raising=False)
+    monkeypatch.setattr("os.path.isdir", lambda path: error is PermissionError)
+    assert Identity.of(sleeper.pid).start == 0
+    assert not seen.is_dead()
+    assert not seen._replace(pid=0).is_dead(), "nobody has pid 0"
+    with monkeypatch.context() as patch:
+        patch.setattr("os.kill", lambda *_: (_ for _ in ()).throw(PermissionError))
+        assert not seen.is_dead(), "it is another user's"
+    end(sleeper)
+    sleeper.wait()
+    assert seen.is_dead() == (error is FileNotFoundError), "what we may not look at proves nothing"
+
+
 def test_a_process_of_another_pid_namespace_is_never_proved_dead(sleeper):
     there = Identity.of(sleeper.pid)._replace(space=1)
     end(sleeper)

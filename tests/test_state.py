@@ -164,3 +164,25 @@ def test_a_p1_changes_an_array_in_place(flow):
 
     flow.put("array", np.arange(3)).result()
     assert double().result().tolist() == [-1, 2, 4] == flow.state["array"].tolist()
+
+
+def test_what_is_kept_of_values_that_were_read_is_bounded_and_always_the_latest():
+    with StrictFlow(
+        state={key: bytes(1000) for key in range(30)} | {"large": bytes(20_000)}, cache_bytes=10_000
+    ) as flow:
+        assert flow.state[0] == bytes(1000)
+        *_, cache, _, _ = flow._client.state._bound
+
+        def kept():
+            return sum(entry[3] for entry in cache.entries.values())
+
+        for round in range(4):
+            for key in range(30):
+                assert len(flow.state[key]) == 1000 + (round if key % 3 == 0 else 0)
+                assert flow.state["large"][:1] == bytes(1)
+                assert 0 < kept() == cache._size <= 10_000
+            assert "large" not in {key for key, entry in cache.entries.items() if entry[3] > 10_000}
+            flow.update({key: bytes(1001 + round) for key in range(0, 30, 3)}).result()
+        flow.put(29, bytes(20_000)).result()  # what was kept has grown too large to be kept
+        assert len(flow.state[29]) == 20_000
+        assert kept() == cache._size <= 10_000

@@ -201,3 +201,128 @@ def test_a_task_that_waits_for_another_inside_sf_loop_fails_at_once(flow):
         for decorate in (write, read):
             with pytest.raises(StrictFlowError, match=r"child.*never end"):
                 decorate(flow)(lambda wait=wait: wait(child()))().result()
+
+
+def test_a_keyed_p1_may_change_other_keys_too_and_for_its_own_its_return_value_counts(flow):
+    @write(flow, key="nested")
+    def change(value, item, *, fails=False):
+        value["list"].append(item)
+        flow.state["other"] = [flow.state["nested"] is value, item]
+        del flow.state["gone"]
+        flow.state["nested"] = "not this"
+        if fails:
+            raise LookupError(item)
+        return value
+
+    @write(flow, key="number")
+    def change_the_other_alone(value):
+        flow.state["other"].append(value)
+        return value
+
+    with pytest.raises(LookupError):
+        change(1, fails=True).result()
+    assert dict(flow.state) == FIRST
+    change(2).result()
+    assert change_the_other_alone().result() == 7
+    assert dict(flow.state) == {"nested": {"list": [1, {"deep": 2}, 2]}, "number": 7, "other": [True, 2, 7]}
+
+
+def test_tasks_of_one_burst_see_what_those_before_them_changed_by_whatever_means(flow):
+    @write(flow, key="number")
+    def more(value):
+        return [*value, 1] if isinstance(value, list) else value + 1
+
+    @write(flow, key="number")
+    def turn_into_a_list(value):
+        return [value]
+
+    @write(flow)
+    def times_ten():
+        flow.state["number"] *= 10
+        flow.state["new"] = flow.state.pop("gone", "gone already")
+        return sorted(flow.state), len(flow.state), "gone" in flow.state
+
+    with held(flow):
+        futures = [more(), times_ten(), more(), turn_into_a_list(), more(), flow.delete("new"), flow.put("number", 3)]
+        futures += [more(), times_ten()]
+    keys = (["nested", "new", "number"], 3, False)
+    outcomes = [future.result() for future in futures]
+    assert outcomes == [8, keys, 81, [81], [81, 1], None, None, 4, keys]
+    assert dict(flow.state) == {"nested": FIRST["nested"], "number": 40, "new": "gone already"}
+
+
+def test_a_burst_that_grows_heavy_is_committed_in_parts_whatever_makes_it_heavy(flow):
+    @write(flow, key="number")
+    def grow(value, size):
+        return bytes(size)
+
+    @write(flow)
+    def look():
+        return len(flow.state["number"]), flow.stats().version
+
+    with held(flow):
+        futures = [grow(100_000), look(), grow(200_000), look(), grow(1), look()]
+    (first, before), (second, between), (last, after) = (future.result() for future in futures[1::2])
+    assert (first, second, last) == (100_000, 200_000, 1)
+    assert before < between <= after
+    assert flow.state["number"] == bytes(1)
+
+
+def test_in_a_p1_too_a_key_that_is_not_there_cannot_be_deleted(flow):
+    @write(flow)
+    def delete(key):
+        del flow.state["number"]
+        del flow.state[key]
+
+    for key in ("absent", "number"):
+        with pytest.raises(KeyError, match=key):
+            delete(key).result()
+    assert dict(flow.state) == FIRST
+
+
+def test_a_task_may_take_back_what_it_has_submitted_and_nobody_waits_for_that(flow, append):
+    @write(flow)
+    def submit():
+        kept, taken_back = append("kept"), append("taken back")
+        return taken_back.cancel(), taken_back.cancelled(), kept.cancelled()
+
+    assert submit().result() == (True, True, False)
+    assert flow.state["nested"]["list"][2:] == ["kept"]
+    assert flow._client.attach().gate.is_open()
+
+
+def test_a_p2_may_take_a_snapshot_and_whoever_starts_the_flow_that_runs_it_starts_nothing(flow):
+    @read(flow)
+    def look():
+        flow.start_loop()
+        with flow.snapshot() as snapshot:
+            return dict(snapshot), snapshot.version == flow.stats().version
+
+    assert look().result() == (FIRST, True)
+
+
+def test_an_async_read_in_the_calling_process_fails_and_is_cancelled_as_others_are(flow):
+    @read(flow, where="worker")
+    async def look(gate=None):
+        if gate is None:
+            raise LookupError("no")
+        gate.set()
+        await asyncio.sleep(3600)
+
+    with pytest.raises(LookupError, match="no"):
+        look().result()
+
+    async def main():
+        gate = asyncio.Event()
+        failing, sleeping = look(), look(gate)
+        with pytest.raises(LookupError, match="no"):
+            await failing
+        await gate.wait()
+        sleeping.runner.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sleeping
+        return sleeping
+
+    sleeping = asyncio.run(main())
+    assert sleeping.cancelled()
+    assert not sleeping.cancel() or sleeping.cancelled()
