@@ -14,7 +14,8 @@ import psutil
 import pytest
 from holding import held, is_inside
 
-from strictflow_mp import FlowNotRunning, StrictFlow, StrictFlowError, TaskTimeout, client, write
+from strictflow_mp import FlowNotRunning, StrictFlow, StrictFlowError, TaskTimeout, client, read, write
+from strictflow_mp.segment import STOPPED, W_STATUS
 
 
 @contextmanager
@@ -228,3 +229,48 @@ def test_a_flow_whose_owner_is_killed_goes_on_until_the_last_worker_leaves(runti
         flow.close()
         eventually(lambda: has_ended(pid))
     assert not list(runtime_dir.rglob("*"))
+
+
+def test_a_coordinator_whose_loop_breaks_says_so_and_the_next_one_goes_on(capfd):
+    with StrictFlow("broken", state={"n": 0}) as flow:
+        flow.put("n", 1).result()
+
+        @read(flow)
+        def break_the_loop():
+            from strictflow_mp.sfloop import SFLoop
+
+            def fail(self, *args):
+                raise ZeroDivisionError("a fault of ours")
+
+            SFLoop._drain = fail
+
+        break_the_loop()
+        assert flow.put("n", 2).result(60) is None
+        assert (flow.state["n"], flow.stats().restarts) == (2, 1)
+    assert "ZeroDivisionError: a fault of ours" in capfd.readouterr().err
+
+
+def test_answers_that_are_read_late_are_waited_for_when_the_flow_stops(eventually):
+    code = """
+        import sys
+        from strictflow_mp import StrictFlow, write
+        flow = StrictFlow("patient")
+        answer = write(flow)(lambda number: bytes([number]) * 200_000)
+        flow.put("attached", True).result()
+        futures = [answer(number) for number in range(50)]
+        flow.state["attached"]
+        print("submitted", flush=True)
+        sys.stdin.readline()
+        assert [future.result() for future in futures] == [bytes([number]) * 200_000 for number in range(50)]
+        print("done", flush=True)
+    """
+    with StrictFlow("patient", state={}) as flow, script(code) as process:
+        assert process.stdout.readline() == "submitted\n"
+        segment = flow._client.attach().segment
+        stopping = threading.Thread(target=flow.stop_loop)
+        stopping.start()
+        eventually(lambda: segment.words[W_STATUS] == STOPPED)
+        process.stdin.write("read\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "done\n", process.stderr.read()
+        stopping.join()

@@ -43,12 +43,12 @@ def test_in_a_process_that_uses_a_flow(flow):
         flow.state["n"] += n
 
     add(1).result()
-    with flow.snapshot() as snapshot, flow.snapshot() as other, flow.watch("n") as watch, held(flow):
+    with flow.snapshot() as snapshot, flow.watch("n") as watch, held(flow):
         pending = add(2)
         assert snapshot["n"] == 1
         assert repr(watch) == "<Watch of 'n' of 'shown' at version 2>"
         assert repr(snapshot) == "<Snapshot of 'shown' at version 2, 2 keys>"
-        assert repr(other) == "<Snapshot of 'shown', not taken yet>"
+        assert repr(flow.snapshot()) == "<Snapshot of 'shown', not taken yet>"
         assert "pending" in repr(pending)
         group = flow.spawn(int, processes=2)
         found = ours()
