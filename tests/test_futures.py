@@ -290,12 +290,19 @@ def test_whoever_waits_for_the_first_failure_hears_of_failures_and_of_what_was_t
     def fail():
         raise LookupError("no")
 
+    @read(flow)
+    async def wait():
+        while not flow.state["log"]:
+            await asyncio.sleep(0.005)
+
     with cf.ThreadPoolExecutor(1) as pool:
         with held(flow):
-            futures = [log("a"), fail(), log("b")]
+            futures = [wait(), fail()]
             waiting = pool.submit(cf.wait, futures, return_when=cf.FIRST_EXCEPTION)
-            eventually(lambda: futures[1]._listeners)
-        assert {type(future.exception()) for future in waiting.result().done} >= {LookupError}
+            eventually(lambda: all(future._listeners for future in futures))
+        assert waiting.result() == ({futures[1]}, {futures[0]})
+        log("a").result()
+        futures[0].result()
         with held(flow):
             futures = [log("c"), log("d")]
             waiting = pool.submit(cf.wait, futures)

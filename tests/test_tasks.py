@@ -217,6 +217,7 @@ def test_a_keyed_p1_may_change_other_keys_too_and_for_its_own_its_return_value_c
     @write(flow, key="number")
     def change_the_other_alone(value):
         flow.state["other"].append(value)
+        flow.state["number"] = "not this"
         return value
 
     with pytest.raises(LookupError):
@@ -242,12 +243,17 @@ def test_tasks_of_one_burst_see_what_those_before_them_changed_by_whatever_means
         flow.state["new"] = flow.state.pop("gone", "gone already")
         return sorted(flow.state), len(flow.state), "gone" in flow.state
 
+    @write(flow)
+    def keys():
+        return sorted(flow.state)
+
     with held(flow):
         futures = [more(), times_ten(), more(), turn_into_a_list(), more(), flow.delete("new"), flow.put("number", 3)]
-        futures += [more(), times_ten()]
-    keys = (["nested", "new", "number"], 3, False)
+        futures += [keys(), more(), times_ten(), keys()]
+    there = ["nested", "new", "number"]
     outcomes = [future.result() for future in futures]
-    assert outcomes == [8, keys, 81, [81], [81, 1], None, None, 4, keys]
+    assert outcomes[:7] == [8, (there, 3, False), 81, [81], [81, 1], None, None]
+    assert outcomes[7:] == [["nested", "number"], 4, (there, 3, False), there]
     assert dict(flow.state) == {"nested": FIRST["nested"], "number": 40, "new": "gone already"}
 
 
@@ -258,7 +264,8 @@ def test_a_burst_that_grows_heavy_is_committed_in_parts_whatever_makes_it_heavy(
 
     @write(flow)
     def look():
-        return len(flow.state["number"]), flow.stats().version
+        with flow.snapshot() as committed:
+            return len(flow.state["number"]), committed.version
 
     with held(flow):
         futures = [grow(100_000), look(), grow(200_000), look(), grow(1), look()]
@@ -284,9 +291,11 @@ def test_a_task_may_take_back_what_it_has_submitted_and_nobody_waits_for_that(fl
     @write(flow)
     def submit():
         kept, taken_back = append("kept"), append("taken back")
-        return taken_back.cancel(), taken_back.cancelled(), kept.cancelled()
+        before = flow._inside.first_due()
+        outcome = taken_back.cancel(), taken_back.cancelled(), kept.cancelled()
+        return (*outcome, before == flow._inside.first_due() == flow._inside._due - 1)
 
-    assert submit().result() == (True, True, False)
+    assert submit().result() == (True, True, False, True)
     assert flow.state["nested"]["list"][2:] == ["kept"]
     assert flow._client.attach().gate.is_open()
 
