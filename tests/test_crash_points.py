@@ -21,7 +21,17 @@ from typing import Any, TypeVar
 import pytest
 from leaks import SHARED
 
-from strictflow_mp import FlowNotRunning, StrictFlow, StrictFlowError, TaskCrashed, TaskFuture, client, owner, write
+from strictflow_mp import (
+    CoordinatorLost,
+    FlowNotRunning,
+    StrictFlow,
+    StrictFlowError,
+    TaskCrashed,
+    TaskFuture,
+    client,
+    owner,
+    write,
+)
 from strictflow_mp.segment import Segment
 from strictflow_mp.store import PinnedVersions, Pins, StoreReader
 from strictflow_mp.values import pack_key, unpack
@@ -377,6 +387,25 @@ def test_a_task_that_changed_nothing_is_not_run_again_once_reads_have_passed_it(
         assert not plan.left
         assert flow.stats().restarts == 1
         assert runs.read_text() == "xx"
+
+
+@pytest.mark.parametrize("restart", [True, False])
+def test_a_result_that_there_was_no_room_to_keep_is_lost_and_what_its_task_did_is_not(plan, restart):
+    with StrictFlow("mortal", state=FIRST, capacity=1 << 20, restart=restart) as flow:
+
+        @write(flow)
+        def answer_at_length(length):
+            flow.state["last"] = length
+            return "x" * length
+
+        assert answer_at_length(3).result() == "xxx"
+        plan.make(("commit.flipped", 1))
+        future = answer_at_length(3_000_000)
+        with pytest.raises(CoordinatorLost, match="was executed and committed, but its result is lost"):
+            future.result(RESOLVED)
+        assert not plan.left
+        if restart:
+            assert flow.state["last"] == 3_000_000
 
 
 @pytest.mark.parametrize("event", NEXT_START)

@@ -10,11 +10,13 @@ import signal
 import threading
 import types
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from holding import has_a_sleeping_reader
 
 from strictflow_mp import (
     CoordinatorLost,
@@ -286,6 +288,21 @@ def test_without_restart_the_future_says_that_the_task_was_not_executed():
         kill(flow)
         with pytest.raises(CoordinatorLost, match=r"flow 'mortal': note\(\) was not executed"):
             future.result(RESOLVED)
+
+
+def test_without_restart_a_read_that_waits_is_told(eventually):
+    flow = StrictFlow("mortal", state={"ids": []}, restart=False)
+    with flow:
+        note = note_in(flow)
+        note(0).result(RESOLVED)
+        pause(flow)
+        note(1)
+        with ThreadPoolExecutor(1) as pool:
+            reading = pool.submit(lambda: flow.state["ids"])
+            eventually(lambda: has_a_sleeping_reader(flow))
+            kill(flow)
+            with pytest.raises(CoordinatorLost, match=r"flow 'mortal': the coordinator \(pid \d+\) died, and no other"):
+                reading.result(RESOLVED)
 
 
 def owner_that_dies(name: str, ready: Any) -> None:
