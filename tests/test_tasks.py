@@ -327,11 +327,12 @@ def test_an_async_read_in_the_calling_process_fails_and_is_cancelled_as_others_a
         with pytest.raises(LookupError, match="no"):
             await failing
         await gate.wait()
+        assert not sleeping.cancel()
         sleeping.runner.cancel()
         with pytest.raises(asyncio.CancelledError):
             await sleeping
+        await asyncio.wait([sleeping.runner])
+        assert sleeping.runner.cancelled()
         return sleeping
 
-    sleeping = asyncio.run(main())
-    assert sleeping.cancelled()
-    assert not sleeping.cancel() or sleeping.cancelled()
+    assert asyncio.run(main()).cancelled()
