@@ -9,9 +9,10 @@ If we die here: what was not sealed ahead of a commit has not happened; what was
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from . import wire
+from .errors import StateFull
 from .jobs import NOTHING, Call
 from .notices import Notices
 from .sessions import Session, Sessions
@@ -23,9 +24,10 @@ __all__ = ["Answers"]
 class Answers:
     """Those of one burst after the other."""
 
-    def __init__(self, receipts: Receipts, sessions: Sessions) -> None:
+    def __init__(self, receipts: Receipts, sessions: Sessions, fail: Callable[[Call, BaseException], None]) -> None:
         self._receipts = receipts
         self._sessions = sessions
+        self._fail = fail
         self.unsealed: list[Call] = []
         self._sealing: list[Call] = []
         self._written: list[tuple[int, int, int, int, bytes]] = []
@@ -89,6 +91,12 @@ class Answers:
             self._receipts.take_back(receipt)
         del self._frames[self._sealed_frames :]
         self.unsealed = self._sealing + self.unsealed
+
+    def lost(self, reason: StateFull) -> None:
+        """What the tasks without a receipt have changed is gone: they have failed."""
+        for call in self.unsealed:
+            if not call.answer and not call.has_failed:
+                self._fail(call, reason)
 
     def committed(self, version: int, keys: Iterable[bytes]) -> None:
         """A version was committed that changed these keys."""

@@ -66,7 +66,7 @@ class Runner:
         self._stepper = stepper
         self._inside = inside
         self._time_limit = TimeLimit()
-        self._answers = Answers(writer.receipts, sessions)
+        self._answers = Answers(writer.receipts, sessions, self.fail)
         self.notices = self._answers.notices
         self._burst = Burst(writer, reader, self._answers)
         self._transaction = Transaction(self._burst)
@@ -78,7 +78,7 @@ class Runner:
 
     def run_burst(self) -> None:
         """Run the queued P1 tasks, as many as belong to a burst."""
-        gate, scheduler, answers = self._gate, self._scheduler, self._answers
+        gate, scheduler = self._gate, self._scheduler
         gate.raise_own()
         burst = self._burst
         token = priority.set(1)
@@ -100,9 +100,7 @@ class Runner:
         try:
             burst.publish()
         except StateFull as full:
-            for job in answers.unsealed:
-                if not job.answer:
-                    self.fail(job, full)
+            self._answers.lost(full)
             with suppress(StateFull):
                 burst.publish()  # that they have failed: it takes the room of their receipts only
         priority.reset(token)

@@ -42,6 +42,9 @@ class Ledger(Protocol):
     def revoke(self) -> None:
         """It does not: there was no room."""
 
+    def lost(self, reason: StateFull) -> None:
+        """What those that were added have changed is gone."""
+
     def committed(self, version: int, keys: Iterable[bytes]) -> None:
         """It is done, and changed these keys."""
 
@@ -122,7 +125,10 @@ class Burst:
             weight += len(key) + CELL_OVERHEAD + (len(payload) if payload else 0)
         if weight > BURST_BYTES and changes:
             # Too heavy to be sure of its room: what is there is committed first, so that it can only harm itself.
-            self.publish()
+            try:
+                self.publish()
+            except StateFull as full:  # one that was as heavy, earlier in the burst, has taken the room
+                self._ledger.lost(full)
             self._ledger.add(call)
             self._changes = dict(changes)
             self.publish()

@@ -6,6 +6,7 @@ import pickle
 import threading
 
 import pytest
+from holding import held
 
 import strictflow_mp
 from strictflow_mp import (
@@ -182,6 +183,27 @@ def test_what_found_no_room_never_comes_back_and_a_deletion_makes_room():
         assert flow.state == FIRST
         flow.state[refused] = bytes(1000)
         assert flow.state == {**FIRST, refused: bytes(1000)}
+
+
+def test_a_task_whose_room_a_heavy_one_of_its_burst_has_taken_fails_though_another_heavy_one_follows():
+    """What is there when a heavy task comes is committed first: then too its tasks hear whether there was room."""
+    with StrictFlow(capacity=2 << 20) as flow:
+        flow.put("claimed", bytes(1_800_000)).result()
+        flow.delete("claimed").result()
+        flow.put("filled", bytes(1_440_000)).result()
+
+        @write(flow)
+        def put(key, size):
+            flow.state[key] = bytes(size)
+
+        put("first", 1).result()  # the function is there, so the next four calls are one burst
+        sizes = {"a": 440_000, "b": 200_000, "c": 300_000, "d": 1}
+        with held(flow):
+            futures = {key: put(key, size) for key, size in sizes.items()}
+        for key, future in futures.items():
+            assert isinstance(future.exception(), StateFull) == (key not in flow.state), key
+        assert "b" not in flow.state
+        assert put("b", 1).result() is None
 
 
 BAD_CALLS = {
