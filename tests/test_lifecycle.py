@@ -244,7 +244,7 @@ def test_a_coordinator_whose_loop_breaks_says_so_and_the_next_one_goes_on(capfd)
 
             SFLoop._drain = fail
 
-        break_the_loop()
+        break_the_loop().result(60)
         assert flow.put("n", 2).result(60) is None
         assert (flow.state["n"], flow.stats().restarts) == (2, 1)
     assert "ZeroDivisionError: a fault of ours" in capfd.readouterr().err
