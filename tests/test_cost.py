@@ -33,7 +33,7 @@ LIMITS = {
     "unchanged_read": 70,
     "changed_read": 400,
     "submit": 700,
-    "result": 840,
+    "result": 870,
     "p1": 3800,
     "commit": 1720,
 }
