@@ -1,0 +1,183 @@
+"""gunicorn: flags that all workers see at once, and workers that come and go in every way that gunicorn has."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+
+import pytest
+from holding import held
+from servers import EXAMPLES, PATIENCE, pids_that_answer
+
+from strictflow_mp import StrictFlow
+from strictflow_mp.rendezvous import Place
+
+WORKERS = 3
+KINDS = {
+    "sync": ["--workers", WORKERS],
+    "threads": ["--workers", WORKERS, "--worker-class", "gthread", "--threads", 4],
+    "preload": ["--workers", WORKERS, "--preload"],
+}
+
+
+@pytest.fixture
+def flow():
+    return StrictFlow("flags")
+
+
+@pytest.fixture(autouse=True)
+def _detached(flow):
+    yield
+    flow.close()
+
+
+def slots(flow):
+    """Processes that are attached, beside the coordinator and this one."""
+    return {worker.pid for worker in flow.stats().workers} - {os.getpid(), flow.stats().coordinator_pid}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_one_worker_has_written_no_worker_reads_older(kind, serve, gunicorn, eventually):
+    serve("flags")
+    server = gunicorn("gunicorn_flags:app", *KINDS[kind])
+    pids_that_answer(server, least=WORKERS, eventually=eventually)
+    wrote, read = set(), set()
+    for number in range(60):
+        is_on = number % 2 == 0
+        wrote.add(server.ask("/dark-mode", "PUT" if is_on else "DELETE")["pid"])
+        for _ in range(3):
+            answer = server.ask("/dark-mode")
+            assert answer["on"] is is_on
+            read.add(answer["pid"])
+    assert len(wrote) > 1
+    assert len(read) == WORKERS
+    assert server.stop() == 0
+
+
+def test_a_flag_that_is_set_from_outside_is_seen_by_every_worker_at_once(serve, gunicorn, flow, eventually):
+    serve("flags")
+    server = gunicorn("gunicorn_flags:app", *KINDS["threads"])
+    workers = pids_that_answer(server, least=WORKERS, eventually=eventually)
+    for number in range(30):
+        flow.state["beta"] = number % 2 == 1
+        answers = [server.ask("/beta") for _ in range(4)]
+        assert {answer["on"] for answer in answers} == {number % 2 == 1}
+    assert slots(flow) == workers
+    assert server.stop() == 0
+    eventually(lambda: not slots(flow))
+
+
+def test_a_handle_that_the_master_used_before_the_fork_works_in_every_worker(serve, gunicorn, flow, eventually):
+    serve("flags")
+    server = gunicorn("probe:app", *KINDS["preload"], USE_IN_MASTER="1")
+    assert flow.state["preloaded"] == server.pid
+    workers = pids_that_answer(server, "/count/", WORKERS, eventually)
+    before = flow.state["count"]
+    for _ in range(30):
+        server.ask("/count/")
+    assert flow.state["count"] == before + 30
+    assert slots(flow) == {server.pid, *workers}
+    assert server.stop() == 0
+    eventually(lambda: not slots(flow))
+
+
+@pytest.mark.parametrize("preload", [[], ["--preload"]])
+def test_after_a_reload_the_new_workers_have_the_slots_of_the_old(preload, serve, gunicorn, flow, eventually):
+    serve("flags")
+    server = gunicorn("probe:app", "--workers", WORKERS, *preload)
+    workers = pids_that_answer(server, "/count/", WORKERS, eventually)
+    for _ in range(3):
+        server.signal(signal.SIGHUP)
+        eventually(lambda: not workers & slots(flow), PATIENCE)  # noqa: B023
+        workers = pids_that_answer(server, "/count/", WORKERS, eventually)
+        eventually(lambda: slots(flow) == workers, PATIENCE)  # noqa: B023
+        taken = {worker.slot for worker in flow.stats().workers}
+        assert max(taken) <= 2 * WORKERS + 2
+    assert server.stop() == 0
+    eventually(lambda: not slots(flow))
+
+
+def test_workers_that_are_replaced_after_a_few_requests_lose_no_count_and_no_slot(serve, gunicorn, flow, eventually):
+    serve("flags")
+    server = gunicorn("probe:app", "--workers", 2, "--max-requests", 5)
+    answered = {server.ask("/count/")["pid"] for _ in range(40)}
+    assert flow.state["count"] == 40
+    assert len(answered) > 4
+    eventually(lambda: len(slots(flow)) <= 2)
+    assert server.stop() == 0
+    eventually(lambda: not slots(flow))
+
+
+def begin(server, path):
+    """A request that will not be answered."""
+    thread = threading.Thread(target=server.tries, args=(path,), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_a_worker_that_is_killed_at_the_gate_keeps_no_slot(serve, gunicorn, flow, eventually):
+    serve("flags")
+    server = gunicorn("probe:app", "--workers", 1, "--timeout", 2)
+    worker = server.ask("/count/")["pid"]
+    with held(flow) as task:
+        request = begin(server, "/hang-at-gate")
+        eventually(lambda: "WORKER TIMEOUT" in server.says(), PATIENCE)
+        request.join(PATIENCE)
+        assert not task.done()
+    eventually(lambda: worker not in slots(flow))
+    assert server.ask("/set/after=1")
+    assert flow.state["after"] == 1
+    assert server.stop() == 0
+    eventually(lambda: not slots(flow))
+
+
+def test_a_worker_that_is_killed_while_its_p1_runs_leaves_no_flag_up(serve, gunicorn, flow, eventually, tmp_path):
+    serve("flags")
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    server = gunicorn("probe:app", "--workers", 1, "--timeout", 2, FIFO=str(fifo))
+    worker = server.ask("/pid")["pid"]
+    request = begin(server, "/hang-in-p1")
+    with fifo.open("wb"):
+        eventually(lambda: "WORKER TIMEOUT" in server.says(), PATIENCE)
+        request.join(PATIENCE)
+        eventually(lambda: server.tries("/pid"), PATIENCE)
+        assert "held" not in flow.snapshot(gated=False)
+    assert flow.state["held"] is True  # it had been submitted: it runs to its end
+    eventually(lambda: worker not in slots(flow))
+    assert server.ask("/get/held")["value"] is True
+    assert server.stop() == 0
+
+
+def test_a_worker_that_is_killed_amid_a_snapshot_leaves_no_pin(serve, gunicorn, flow, eventually):
+    serve("flags")
+    server = gunicorn("probe:app", "--workers", 1, "--timeout", 2)
+    worker = server.ask("/count/")["pid"]
+    request = begin(server, "/hang-with-snapshot")
+    eventually(lambda: "WORKER TIMEOUT" in server.says(), PATIENCE)
+    request.join(PATIENCE)
+    eventually(lambda: worker not in slots(flow))
+    segment = flow._client.attach().segment
+    assert not any(segment.words[segment.pins + 16 : segment.pins + 16 * segment.slots].tolist())
+    assert server.stop() == 0
+
+
+def test_the_master_may_own_the_flow_and_its_workers_follow_a_setting(gunicorn, flow, eventually):
+    server = gunicorn("gunicorn_flags:app", "--config", EXAMPLES / "gunicorn_owner.py", "--workers", WORKERS)
+    pids_that_answer(server, least=WORKERS, eventually=eventually)
+    assert server.ask("/x", "PUT")["on"] is True
+    eventually(lambda: len(slots(flow)) == WORKERS)
+    assert "tick" not in server.says()
+    for number in range(5):  # the master waits for any child, the coordinator too: that must not hide its death
+        coordinator = Place.of("flags").resident().pid
+        os.kill(coordinator, signal.SIGKILL)
+        eventually(lambda: Place.of("flags").resident().pid != coordinator)  # noqa: B023
+        flow.state["tick"] = number
+        assert server.ask("/x")["on"] is True
+    server.signal(signal.SIGHUP)
+    eventually(lambda: server.says().count("Booting worker") >= 2 * WORKERS, PATIENCE)
+    assert server.ask("/x")["on"] is True
+    flow.close()
+    assert server.stop() == 0
+    assert not Place.of("flags").directory.exists()
