@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from collections.abc import Callable
 from http.client import HTTPConnection, HTTPException
@@ -55,7 +54,7 @@ class Server:
         return self.popen.wait(PATIENCE)
 
 
-def pids_that_answer(server: Server, path: str = "/pid", least: int, eventually: Callable[..., Any]) -> set[int]:
+def pids_that_answer(server: Server, path: str, least: int, eventually: Callable[..., Any]) -> set[int]:
     """The workers that answer, when there are that many."""
     seen: set[int] = set()
     eventually(lambda: seen.add(server.ask(path)["pid"]) or len(seen) >= least, PATIENCE)

@@ -41,7 +41,7 @@ def slots(flow):
 def test_what_one_worker_has_written_no_worker_reads_older(kind, serve, gunicorn, eventually):
     serve("flags")
     server = gunicorn("gunicorn_flags:app", *KINDS[kind])
-    pids_that_answer(server, least=WORKERS, eventually=eventually)
+    pids_that_answer(server, "/pid", WORKERS, eventually)
     wrote, read = set(), set()
     for number in range(60):
         is_on = number % 2 == 0
@@ -58,7 +58,7 @@ def test_what_one_worker_has_written_no_worker_reads_older(kind, serve, gunicorn
 def test_a_flag_that_is_set_from_outside_is_seen_by_every_worker_at_once(serve, gunicorn, flow, eventually):
     serve("flags")
     server = gunicorn("gunicorn_flags:app", *KINDS["threads"])
-    workers = pids_that_answer(server, least=WORKERS, eventually=eventually)
+    workers = pids_that_answer(server, "/pid", WORKERS, eventually)
     for number in range(30):
         flow.state["beta"] = number % 2 == 1
         answers = [server.ask("/beta") for _ in range(4)]
@@ -165,7 +165,7 @@ def test_a_worker_that_is_killed_amid_a_snapshot_leaves_no_pin(serve, gunicorn, 
 
 def test_the_master_may_own_the_flow_and_its_workers_follow_a_setting(gunicorn, flow, eventually):
     server = gunicorn("gunicorn_flags:app", "--config", EXAMPLES / "gunicorn_owner.py", "--workers", WORKERS)
-    pids_that_answer(server, least=WORKERS, eventually=eventually)
+    pids_that_answer(server, "/pid", WORKERS, eventually)
     assert server.ask("/x", "PUT")["on"] is True
     eventually(lambda: len(slots(flow)) == WORKERS)
     assert "tick" not in server.says()
