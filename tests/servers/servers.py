@@ -45,7 +45,7 @@ class Server:
         except (OSError, HTTPException):
             return None
 
-    def signal(self, number: int) -> None:
+    def send(self, number: int) -> None:
         self.popen.send_signal(number)
 
     def stop(self, number: int = signal.SIGTERM) -> int:

@@ -88,7 +88,7 @@ def test_after_a_reload_the_new_workers_have_the_slots_of_the_old(preload, serve
     server = gunicorn("probe:app", "--workers", WORKERS, *preload)
     workers = pids_that_answer(server, "/count/", WORKERS, eventually)
     for _ in range(3):
-        server.signal(signal.SIGHUP)
+        server.send(signal.SIGHUP)
         eventually(lambda: not workers & slots(flow), PATIENCE)  # noqa: B023
         workers = pids_that_answer(server, "/count/", WORKERS, eventually)
         eventually(lambda: slots(flow) == workers, PATIENCE)  # noqa: B023
@@ -175,7 +175,7 @@ def test_the_master_may_own_the_flow_and_its_workers_follow_a_setting(gunicorn, 
         eventually(lambda: Place.of("flags").resident().pid != coordinator)  # noqa: B023
         flow.state["tick"] = number
         assert server.ask("/x")["on"] is True
-    server.signal(signal.SIGHUP)
+    server.send(signal.SIGHUP)
     eventually(lambda: server.says().count("Booting worker") >= 2 * WORKERS, PATIENCE)
     assert server.ask("/x")["on"] is True
     flow.close()
