@@ -49,6 +49,11 @@ async def set_limit(limit: int):
     return {"pid": os.getpid()}
 
 
+@app.get("/health")
+async def health():
+    return {"pid": os.getpid()}
+
+
 @app.get("/")
 async def show():
     async with flow.snapshot() as state:  # never blocks the event loop
