@@ -1,4 +1,4 @@
-"""uvicorn with several workers and a FastAPI application: strict across workers, told by watches, clients that leave."""
+"""uvicorn with several workers and a FastAPI application: strict across workers, and clients that leave."""
 
 from __future__ import annotations
 
