@@ -111,7 +111,7 @@ class Inside:
 
     def snapshot(self) -> Snapshot:
         """A view of the last committed version."""
-        return Snapshot(self.name, lambda: self.reader, lambda: True)
+        return Snapshot(self.name, lambda: self.reader, lambda: self.reader)
 
     def call(self, task: Any, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[TaskFuture[Any]]:
         """Queue calls of a task."""

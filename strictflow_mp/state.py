@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
-from .segment import W_RESTARTS, W_VERSION, Segment
+from .segment import SERVING, W_RESTARTS, W_STATUS, W_VERSION, Segment
 from .store import Cell, Found, Route, StoreReader, Version
 from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
 
@@ -82,10 +82,10 @@ class Snapshot(View):
     collector lets go of the version too. It belongs to the process that took it: a forked child takes its own.
     """
 
-    def __init__(self, flow: str, enter: Callable[[], StoreReader], is_open: Callable[[], bool]) -> None:
+    def __init__(self, flow: str, enter: Callable[[], StoreReader], look: Callable[[], StoreReader | None]) -> None:
         self._flow = flow
         self._enter = enter
-        self._is_open = is_open
+        self._look = look
         self._pinned: Version | None = None
         self._is_closed = False
         self._values: dict[Any, Any] = {}
@@ -95,8 +95,8 @@ class Snapshot(View):
         """The version's number."""
         return self._at().number
 
-    def _take(self) -> Version:
-        reader = self._reader = self._enter()
+    def _take(self, reader: StoreReader) -> Version:
+        self._reader = reader
         pinned = self._pinned = reader.pin()
         self._finalizer = weakref.finalize(self, reader.unpin, pinned)
         self._finalizer.atexit = False
@@ -106,7 +106,7 @@ class Snapshot(View):
         if self._is_closed:
             raise StrictFlowError("the snapshot is closed; take a new one with flow.snapshot()", flow=self._flow)
         if self._pinned is None:
-            return self._take()
+            return self._take(self._enter())
         if self._reader.is_foreign:
             raise StrictFlowError(
                 "the snapshot belongs to the parent process; after a fork, take a new one", flow=self._flow
@@ -138,10 +138,17 @@ class Snapshot(View):
         self.close()
 
     async def __aenter__(self) -> Snapshot:
-        if self._pinned is None and not self._is_open():
-            import asyncio  # loaded already: somebody awaits us
+        if self._pinned is None and not self._is_closed:
+            # One look: a P1 that is submitted behind it need not be seen, and must not be waited for in this thread.
+            reader = self._look()
+            if reader is not None:
+                self._take(reader)
+            else:
+                import asyncio  # loaded already: somebody awaits us
 
-            await asyncio.get_running_loop().run_in_executor(None, self._at)
+                from .aside import waiting_room
+
+                await asyncio.get_running_loop().run_in_executor(waiting_room(), self._at)
         self._at()
         return self
 
@@ -355,7 +362,16 @@ class FlowState(MutableMapping[Any, Any]):
     def snapshot(self, *, gated: bool = True) -> Snapshot:
         """A view of one version, behind the gate or not."""
         enter = self._host.pass_gate if gated else self._host.reader
-        return Snapshot(self._host.name, enter, lambda: not gated or self._bound[0] == self._bound[1])
+        return Snapshot(self._host.name, enter, lambda: self._reader_at_once(gated))
+
+    def _reader_at_once(self, gated: bool) -> StoreReader | None:
+        """The reader, if it can be had without waiting for anything."""
+        submitted, finished, words, _, _, reader, restarts = self._bound
+        if words is None or (gated and submitted != finished):
+            return None
+        # Behind the gate, as in `Client.pass_gate`. A version that is pinned from here on has all that was finished.
+        is_served = words[W_STATUS] == SERVING and words[W_RESTARTS] == restarts
+        return reader if is_served else None
 
     def _snapshot(self) -> Snapshot:
         scoped = scope.get()

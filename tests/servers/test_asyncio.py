@@ -92,15 +92,15 @@ def test_a_gate_that_closes_after_the_look_does_not_block_the_loop(flow, run):
     """Another process may submit between the look whether a snapshot must wait and the taking of it."""
 
     async def main():
-        snapshot = flow.snapshot()
-        snapshot._is_open = lambda: True  # what the look has seen, just before the P1 was submitted
+        assert flow.state["a"] == 0
         with held(flow, a=7) as task:
-            waiting = asyncio.ensure_future(snapshot.__aenter__())
-            await turns()
-            assert not waiting.done()
-            assert not task.done()
-        with await waiting:
-            assert dict(snapshot) == {"a": 7}
+            snapshot = flow.snapshot()
+            look, snapshot._look = snapshot._look, lambda: flow.state._reader_at_once(False)  # it was open
+            assert look() is None
+            async with snapshot:
+                assert dict(snapshot) == {"a": 0}
+                await turns()
+                assert not task.done()
 
     blocked = threading.Timer(PATIENCE, os._exit, (1,))
     blocked.start()
