@@ -123,7 +123,7 @@ class Owner:
     def replace(self, pause: float) -> bool:
         """The coordinator has ended: start the next one, unless it was stopped. Whether there is one."""
         with self._changing:
-            if self._is_ending or self._child.exitcode == 0:
+            if self._is_ending or (self._child.exitcode == 0 and self._has_moved_out()):
                 return False
             about = {"flow": self.name, "peer": self._child.pid, "exit_code": self._child.exitcode}
             logger.warning("flow %r: its coordinator ended with %s", self.name, self._child.exitcode, extra=about)
@@ -138,6 +138,15 @@ class Owner:
                 about = {"flow": self.name, "error": type(error).__name__}
                 logger.error("flow %r: its coordinator could not be restarted: %s", self.name, error, extra=about)
         return True
+
+    def _has_moved_out(self) -> bool:
+        """Whether the coordinator stopped of its own will, and so removed all that was its own.
+
+        Its exit code alone does not say so: where somebody else waits for any child of this process, as gunicorn's
+        master does, or SIGCHLD is ignored, `subprocess` reports 0 for whatever end it had.
+        """
+        resident = Place.of(self.name).resident()
+        return resident is None or resident.token != self._token
 
     def give_up(self) -> None:
         """It fails again and again: tell everybody, and leave the state for the next start."""

@@ -391,6 +391,23 @@ def test_the_owner_has_no_thread_while_it_forks_and_watches_again_afterwards(flo
     assert note_in(flow)(1).result(RESOLVED) == 1
 
 
+def test_a_coordinator_whose_exit_code_somebody_else_took_is_followed_by_the_next(run_python):
+    result = run_python(
+        """
+        import os, signal
+        from strictflow_mp import StrictFlow
+
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # as when gunicorn's master waits for any child: 0 is all we see
+        with StrictFlow("reaped", state={"a": 1}) as flow:
+            killed = flow.stats().coordinator_pid
+            os.kill(killed, signal.SIGKILL)
+            flow.state["a"] += 1
+            print(flow.state["a"], flow.stats().restarts, flow.stats().coordinator_pid != killed)
+        """
+    )
+    assert (result.returncode, result.stdout) == (0, "2 1 True\n"), result.stderr
+
+
 def test_a_process_that_a_task_forked_does_not_keep_the_dead_coordinator_alive(flow, tmp_path):
     pids = tmp_path / "pids"
 

@@ -32,9 +32,9 @@ def test_celery_counts_every_task_though_its_processes_are_replaced(serve, launc
     assert "'red': 50" in sender.stdout
     flow = StrictFlow("counters")
     assert flow.state["words"] == {"red": 50, "green": 25, "blue": 25}
-    eventually(lambda: len(flow.stats().workers) <= 2 + 3)
+    eventually(lambda: len(flow.stats().workers) <= 1 + 3)
     assert worker.stop() == 0, worker.says()
-    eventually(lambda: len(flow.stats().workers) == 2)
+    eventually(lambda: len(flow.stats().workers) == 1)
     flow.close()
 
 
@@ -61,7 +61,7 @@ def test_functions_that_are_defined_in_cells_run_in_sf_loop_and_in_workers(tmp_p
         manager.cleanup_resources()
 
 
-def test_a_kernel_that_is_killed_leaves_a_flow_that_ends(tmp_path, monkeypatch, eventually):
+def test_after_a_kernel_was_killed_the_flow_can_be_started_again(tmp_path, monkeypatch, eventually):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
     _, first, *_ = (EXAMPLES / "notebook_cells.py").read_text().split("# %%\n")
@@ -74,6 +74,8 @@ def test_a_kernel_that_is_killed_leaves_a_flow_that_ends(tmp_path, monkeypatch, 
         manager.shutdown_kernel(now=True)
         manager.cleanup_resources()
     eventually(lambda: not Place.of("notebook").is_inhabited(), PATIENCE)
+    with StrictFlow("notebook", state={"seen": []}) as flow:
+        assert flow.state["seen"] == []
 
 
 @pytest.mark.parametrize(
@@ -87,4 +89,4 @@ def test_an_example_without_a_server_runs(name, printed, run_python):
     result = run_python(EXAMPLES / name, env={"OPENBLAS_NUM_THREADS": "1"})
     assert (result.returncode, result.stderr) == (0, "")
     assert re.fullmatch(printed, result.stdout)
-    assert os.listdir(os.environ["STRICTFLOW_MP_DIR"]) == []
+    assert not os.path.exists(os.environ["STRICTFLOW_MP_DIR"])  # nothing left, and so the directory is gone too
