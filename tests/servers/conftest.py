@@ -75,7 +75,9 @@ def gunicorn(launch: Callable[..., Server], port: int, eventually: Callable[...,
     """`gunicorn(app, *args)` runs gunicorn, and returns when it answers."""
 
     def gunicorn(app: str, *args: object, path: str = "/pid", **env: str) -> Server:
-        server = launch("gunicorn", "--no-control-socket", "--bind", f"127.0.0.1:{port}", *args, app, **env)
+        server = launch(
+            "gunicorn", "--no-control-socket", "--graceful-timeout", 5, "--bind", f"127.0.0.1:{port}", *args, app, **env
+        )
         eventually(lambda: server.popen.poll() is not None or server.tries(path), PATIENCE)
         assert server.popen.poll() is None, server.says()
         return server

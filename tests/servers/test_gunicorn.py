@@ -159,6 +159,7 @@ def test_a_worker_that_is_killed_amid_a_snapshot_leaves_no_pin(serve, gunicorn, 
     request.join(PATIENCE)
     eventually(lambda: worker not in slots(flow))
     segment = flow._client.attach().segment
+    eventually(lambda: server.tries("/pid"), PATIENCE)  # a signal to a worker that is still being forked is lost
     assert not any(segment.words[segment.pins + 16 : segment.pins + 16 * segment.slots].tolist())
     assert server.stop() == 0
 
