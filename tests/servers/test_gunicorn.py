@@ -138,6 +138,7 @@ def test_a_worker_that_is_killed_while_its_p1_runs_leaves_no_flag_up(serve, guni
     os.mkfifo(fifo)
     server = gunicorn("probe:app", "--workers", 1, "--timeout", 2, FIFO=str(fifo))
     worker = server.ask("/pid")["pid"]
+    assert "held" not in flow.state  # attached by now: while the P1 runs nobody would let us in
     request = begin(server, "/hang-in-p1")
     with fifo.open("wb"):
         eventually(lambda: "WORKER TIMEOUT" in server.says(), PATIENCE)
