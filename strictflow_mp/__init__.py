@@ -26,6 +26,7 @@ from .errors import (
 from .flow import StrictFlow
 from .frozen import FrozenDict, FrozenList, FrozenSet
 from .future import TaskFuture
+from .keys import Key
 from .state import Snapshot
 from .tasks import Task, read, write
 from .watch import Change, Watch
@@ -42,6 +43,7 @@ __all__ = [
     "FrozenSet",
     "GateTimeout",
     "IntegrityError",
+    "Key",
     "ProtocolError",
     "ReadOnlyState",
     "SerializationError",

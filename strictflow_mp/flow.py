@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from . import place
 from .client import ATTACH, Client
@@ -20,6 +20,7 @@ from .watch import Watch
 from .wire import STATS
 
 if TYPE_CHECKING:
+    from .keys import Key, PlainKey, TypedState
     from .stats import FlowStats
     from .trace import Trace
     from .workers import Restart, WorkerGroup
@@ -33,6 +34,9 @@ CACHE_BYTES = 1 << 26
 GATE_TIMEOUT = 60.0
 
 _MISSING: Any = object()
+
+V = TypeVar("V")
+D = TypeVar("D")
 
 
 class StrictFlow:
@@ -52,6 +56,10 @@ class StrictFlow:
         restart: whether this process starts the coordinator again when it has died, on the same state.
         cache_bytes: bytes of decoded values that each process keeps.
     """
+
+    state: TypedState
+    """In a P1 task a transaction, whose values may be changed in place; elsewhere the last committed state, behind the
+    gate, whose values are read-only. Assigning to a key outside tasks is a P1 that is waited for."""
 
     def __init__(
         self,
@@ -212,6 +220,14 @@ class StrictFlow:
         """A context in which `flow.state` is the snapshot (a worker-side P2 runs in it)."""
         return nullcontext() if self._inside is not None else self._client.state.within(snapshot)
 
+    @overload
+    def peek(self, key: Key[V]) -> V: ...
+    @overload
+    def peek(self, key: Key[V], default: V) -> V: ...
+    @overload
+    def peek(self, key: Key[V], default: D) -> V | D: ...
+    @overload
+    def peek(self, key: PlainKey, default: Any = ...) -> Any: ...
     def peek(self, key: Any, default: Any = _MISSING) -> Any:
         """The last committed value of a key; never waits for a P1.
 
@@ -225,7 +241,7 @@ class StrictFlow:
                 raise
             return default
 
-    def watch(self, *keys: Any) -> Watch:
+    def watch(self, *keys: Key[Any] | PlainKey) -> Watch:
         """Iterate over the changes of these keys, or of all, from now on: ``for`` and ``async for``.
 
         Yields `Change(version, key, value)`. Nothing is polled, no wake-up is lost, and the latest value of a key is
@@ -241,6 +257,10 @@ class StrictFlow:
             raise StrictFlowError("a task cannot watch the state: it would wait inside SF-LOOP", flow=self.name)
         return Watch(self._client, keys)
 
+    @overload
+    def put(self, key: Key[V], value: V) -> TaskFuture[None]: ...
+    @overload
+    def put(self, key: PlainKey, value: Any) -> TaskFuture[None]: ...
     def put(self, key: Any, value: Any) -> TaskFuture[None]:
         """Submit a P1 that sets a key."""
         return self._put(pack_changes({key: value}, self.name))
@@ -249,7 +269,7 @@ class StrictFlow:
         """Submit a P1 that sets several keys."""
         return self._put(pack_changes(mapping, self.name))
 
-    def delete(self, key: Any) -> TaskFuture[None]:
+    def delete(self, key: Key[Any] | PlainKey) -> TaskFuture[None]:
         """Submit a P1 that deletes a key; its future raises KeyError when the key is absent."""
         return self._put(pack_deletes([key], self.name))
 

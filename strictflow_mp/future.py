@@ -64,8 +64,7 @@ class TaskFuture(Future[T]):
         self.number = number
         self.label = label
 
-    @property
-    def _condition(self) -> threading.Condition:  # type: ignore[override]
+    def _made_condition(self) -> threading.Condition:
         condition = self._lazy_condition
         if condition is None:
             condition = self.__dict__.setdefault("_lazy_condition", threading.Condition())
@@ -74,11 +73,14 @@ class TaskFuture(Future[T]):
     # concurrent.futures.wait() and as_completed() hang their waiters into this list: the sign that somebody
     # waits without calling us.
 
-    @property
-    def _waiters(self) -> list[Any]:  # type: ignore[override]
+    def _heard_waiters(self) -> list[Any]:
         if not self.done_now():
             self._port.serve()
         return self._listeners
+
+    # Annotated as in the base class: to a type checker as_completed() takes nothing else.
+    _condition: threading.Condition = property(_made_condition)  # type: ignore[assignment]
+    _waiters: list[Any] = property(_heard_waiters)  # type: ignore[assignment]
 
     @property
     def _listeners(self) -> list[Any]:

@@ -7,7 +7,7 @@ queued like any other; waiting for it inside SF-LOOP could never end, so it rais
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from .arguments import pack_arguments
@@ -15,6 +15,7 @@ from .errors import ReadOnlyState, StrictFlowError
 from .future import TaskFuture
 from .gate import GateKeeper
 from .jobs import Call, Function
+from .keys import TypedState
 from .scheduler import Scheduler
 from .state import Snapshot, View
 from .stepper import Stepper
@@ -40,7 +41,7 @@ class _Committed(View):
         return self._version
 
 
-class _State(MutableMapping[Any, Any]):
+class _State(TypedState):
     """``flow.state`` in tasks."""
 
     def __init__(self, inside: Inside) -> None:
@@ -100,7 +101,7 @@ class Inside:
         self.committed = _Committed(name, writer, reader)
         self.transaction: Transaction | None = None
         self.reader = reader
-        self.state: MutableMapping[Any, Any] = _State(self)
+        self.state: TypedState = _State(self)
         self.stats = report
         self._gate = gate
         self._scheduler = scheduler
@@ -180,11 +181,12 @@ class Inside:
 class _LocalFuture(TaskFuture[Any]):
     """The future of a task that a task submitted."""
 
-    @property
-    def _waiters(self) -> list[Any]:  # type: ignore[override]
+    def _refused_waiters(self) -> list[Any]:
         if not self.done_now():
             self._port.wait(self, None)  # concurrent.futures.wait() in a task: raise at once
         return self._listeners
+
+    _waiters: list[Any] = property(_refused_waiters)  # type: ignore[assignment]
 
     def __await__(self) -> Any:
         port = self._port

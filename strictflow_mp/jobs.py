@@ -26,7 +26,7 @@ class Function:
         self.name = name
         self.priority = priority
         self.key = key
-        self.plain_key = None if key is None else unpack_key(key)
+        self.plain_key: Any = None if key is None else unpack_key(key)
         self.path = path_of(self.plain_key)
         self.timeout = timeout
         self.fields = {"task": name}  # of log lines

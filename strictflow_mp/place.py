@@ -6,8 +6,11 @@ says here what they mean; the handles, which lie above the coordinator, ask here
 
 from __future__ import annotations
 
-from collections.abc import Iterable, MutableMapping
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from .keys import TypedState
 
 __all__ = ["Inside", "enter", "inside", "leave"]
 
@@ -16,7 +19,7 @@ class Inside(Protocol):
     """What SF-LOOP offers to the handles in its own process."""
 
     name: str
-    state: MutableMapping[Any, Any]
+    state: TypedState
 
     def call(self, task: Any, calls: Iterable[tuple[tuple[Any, ...], dict[str, Any]]]) -> list[Any]:
         """Queue calls of a task; return their futures."""

@@ -7,18 +7,24 @@ compare when nothing has changed. Both hand out read-only values.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
 from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
+from .keys import TypedMapping, TypedState
 from .segment import SERVING, W_RESTARTS, W_STATUS, W_VERSION, Segment
 from .store import Cell, Found, Route, StoreReader, Version
 from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
 
+if TYPE_CHECKING:
+    from .keys import Key, PlainKey
+
 __all__ = ["FlowState", "Snapshot", "View", "decode", "pack_changes", "pack_deletes", "scope"]
+
+V = TypeVar("V")
 
 _MISSING: Any = object()
 
@@ -39,7 +45,7 @@ def decode(reader: StoreReader, version: Version, cell: Cell) -> Any:
     return unpack_frozen(payload, hold)
 
 
-class View(Mapping[Any, Any]):
+class View(TypedMapping):
     """A read-only mapping of one pinned version. Subclasses say how the version is had."""
 
     _flow: str
@@ -113,6 +119,10 @@ class Snapshot(View):
             )
         return self._pinned
 
+    @overload
+    def __getitem__(self, key: Key[V]) -> V: ...
+    @overload
+    def __getitem__(self, key: PlainKey) -> Any: ...
     def __getitem__(self, key: Any) -> Any:
         self._at()
         try:
@@ -229,7 +239,7 @@ OVERHEAD = 512
 """Bytes that a cached value takes beside its payload, about."""
 
 
-class FlowState(MutableMapping[Any, Any]):
+class FlowState(TypedState):
     """``flow.state`` outside tasks: the committed state, behind the gate.
 
     A read waits for every P1 task that was submitted, by any process, before it began. Values are read-only.

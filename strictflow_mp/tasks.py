@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import pickle
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar
+from collections.abc import Callable, Coroutine, Iterable
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
 
 from . import place
 from .core import READ_PRIORITY, WRITE_PRIORITY, priority
@@ -16,11 +16,16 @@ from .values import pack_key
 
 if TYPE_CHECKING:
     from .flow import StrictFlow
+    from .keys import Key, PlainKey
 
 __all__ = ["Task", "read", "write"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
+V = TypeVar("V", covariant=True)
+W = TypeVar("W")
+
+Where = Literal["loop", "worker"]
 
 NO_KEY: Any = object()
 CO_COROUTINE = 0x80
@@ -165,9 +170,40 @@ def _check(flow: Any, timeout: float | None) -> None:
         raise ValueError(f"timeout must be more than 0 seconds, not {timeout}")
 
 
-def write(
-    flow: StrictFlow, *, key: Any = NO_KEY, timeout: float | None = None
-) -> Callable[[Callable[..., R]], Task[..., R]]:
+class _Decorator(Protocol):
+    """Keeps the parameters of a function. An async one gives what it returns, not a coroutine."""
+
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+
+
+class _Keyed(Protocol[V]):
+    """Keeps the parameters of a function but for the first, which takes the key's value."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[V, P], Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[V, P], R], /) -> Task[P, R]: ...
+
+
+class _KeyedWrite(Protocol[W]):
+    """As `_Keyed`, of a function that returns the key's next value."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[W, P], Coroutine[Any, Any, W]], /) -> Task[P, W]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[W, P], W], /) -> Task[P, W]: ...
+
+
+@overload
+def write(flow: StrictFlow, *, timeout: float | None = None) -> _Decorator: ...
+@overload
+def write(flow: StrictFlow, *, key: Key[W], timeout: float | None = None) -> _KeyedWrite[W]: ...
+@overload
+def write(flow: StrictFlow, *, key: PlainKey, timeout: float | None = None) -> _Keyed[Any]: ...
+def write(flow: StrictFlow, *, key: Any = NO_KEY, timeout: float | None = None) -> Any:
     """Make a function a P1 task: it changes the state, alone, first in line, all or nothing.
 
     In the function, ``flow.state`` is a transaction: what it hands out are private mutable copies, and changes
@@ -181,19 +217,19 @@ def write(
 
     _check(flow, timeout)
 
-    def decorate(function: Callable[..., R]) -> Task[..., R]:
+    def decorate(function: Callable[..., Any]) -> Task[..., Any]:
         return Task(flow, function, WRITE_PRIORITY, key=key, timeout=timeout)
 
     return decorate
 
 
-def read(
-    flow: StrictFlow,
-    *,
-    key: Any = NO_KEY,
-    where: Literal["loop", "worker"] = "loop",
-    timeout: float | None = None,
-) -> Callable[[Callable[..., R]], Task[..., R]]:
+@overload
+def read(flow: StrictFlow, *, where: Where = "loop", timeout: float | None = None) -> _Decorator: ...
+@overload
+def read(flow: StrictFlow, *, key: Key[W], where: Where = "loop", timeout: float | None = None) -> _Keyed[W]: ...
+@overload
+def read(flow: StrictFlow, *, key: PlainKey, where: Where = "loop", timeout: float | None = None) -> _Keyed[Any]: ...
+def read(flow: StrictFlow, *, key: Any = NO_KEY, where: Where = "loop", timeout: float | None = None) -> Any:
     """Make a function a P2 task: it sees the state after every P1 that was submitted before it began.
 
     Async P2 tasks overlap with each other, and are paused at their next await while a P1 runs.
@@ -209,7 +245,7 @@ def read(
 
     _check(flow, timeout)
 
-    def decorate(function: Callable[..., R]) -> Task[..., R]:
+    def decorate(function: Callable[..., Any]) -> Task[..., Any]:
         return Task(flow, function, READ_PRIORITY, key=key, where=where, timeout=timeout)
 
     return decorate
