@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Key(Generic[V]):
-    """A key of the state whose value is a *V*: for mypy, pyright and the like only.
+    """A key of the state (a str, bytes, an int, or a tuple of these) whose value is a *V*, for type checkers only.
 
     With ``PRICE: Key[float] = Key("price")``, ``flow.state[PRICE]`` is a float to them, and ``flow.put(PRICE, "much")``
     an error; also in `get`, `peek`, snapshots, and in the first parameter and the result of a task with ``key=PRICE``.
@@ -32,9 +32,6 @@ class Key(Generic[V]):
 
     That the key is there is not part of the type. If it may be absent, give the first parameter of such a task the
     type ``V | None``.
-
-    Args:
-        key: a str, bytes, an int, or a tuple of these.
     """
 
     def __new__(cls, key: PlainKey) -> Key[V]:

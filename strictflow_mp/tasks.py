@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import pickle
-from collections.abc import Callable, Coroutine, Iterable
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, Literal, ParamSpec, Protocol, TypeVar, overload
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Generic, Literal, ParamSpec, TypeVar, overload
 
 from . import place
 from .core import READ_PRIORITY, WRITE_PRIORITY, priority
@@ -15,6 +15,9 @@ from .references import reference_to
 from .values import pack_key
 
 if TYPE_CHECKING:
+    from collections.abc import Coroutine
+    from typing import Concatenate, Protocol
+
     from .flow import StrictFlow
     from .keys import Key, PlainKey
 
@@ -22,7 +25,6 @@ __all__ = ["Task", "read", "write"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
-V = TypeVar("V", covariant=True)
 W = TypeVar("W")
 
 Where = Literal["loop", "worker"]
@@ -170,31 +172,32 @@ def _check(flow: Any, timeout: float | None) -> None:
         raise ValueError(f"timeout must be more than 0 seconds, not {timeout}")
 
 
-class _Decorator(Protocol):
-    """Keeps the parameters of a function. An async one gives what it returns, not a coroutine."""
+if TYPE_CHECKING:
+    V = TypeVar("V", covariant=True)
 
-    @overload
-    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
-    @overload
-    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    class _Decorator(Protocol):
+        """Keeps the parameters of a function. An async one gives what it returns, not a coroutine."""
 
+        @overload
+        def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+        @overload
+        def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
 
-class _Keyed(Protocol[V]):
-    """Keeps the parameters of a function but for the first, which takes the key's value."""
+    class _Keyed(Protocol[V]):
+        """Keeps the parameters of a function but for the first, which takes the key's value."""
 
-    @overload
-    def __call__(self, function: Callable[Concatenate[V, P], Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
-    @overload
-    def __call__(self, function: Callable[Concatenate[V, P], R], /) -> Task[P, R]: ...
+        @overload
+        def __call__(self, function: Callable[Concatenate[V, P], Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+        @overload
+        def __call__(self, function: Callable[Concatenate[V, P], R], /) -> Task[P, R]: ...
 
+    class _KeyedWrite(Protocol[W]):
+        """As `_Keyed`, of a function that returns the key's next value."""
 
-class _KeyedWrite(Protocol[W]):
-    """As `_Keyed`, of a function that returns the key's next value."""
-
-    @overload
-    def __call__(self, function: Callable[Concatenate[W, P], Coroutine[Any, Any, W]], /) -> Task[P, W]: ...
-    @overload
-    def __call__(self, function: Callable[Concatenate[W, P], W], /) -> Task[P, W]: ...
+        @overload
+        def __call__(self, function: Callable[Concatenate[W, P], Coroutine[Any, Any, W]], /) -> Task[P, W]: ...
+        @overload
+        def __call__(self, function: Callable[Concatenate[W, P], W], /) -> Task[P, W]: ...
 
 
 @overload
