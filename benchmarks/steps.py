@@ -53,6 +53,10 @@ def _nothing() -> None:
     pass
 
 
+def _fail(call: Call, error: BaseException) -> None:
+    raise error
+
+
 class Session:
     """A process that is attached, and reads nothing."""
 
@@ -80,7 +84,7 @@ class Bench:
             self.writer.publish(dict.fromkeys(self.names[begin : begin + 10_000], payload))
         self.reader = StoreReader(segment, Pins(segment, 0))
         self.gate = GateKeeper(segment, segment.name.partition("-")[2])
-        self.answers = Answers(self.writer.receipts, Sessions())  # type: ignore[arg-type]
+        self.answers = Answers(self.writer.receipts, Sessions(), _fail)  # type: ignore[arg-type]
         self.burst = Burst(self.writer, self.reader, self.answers)
         self.transaction = Transaction(self.burst)
 
