@@ -14,7 +14,8 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(ROOT.glob("docs/**/*.md"))
+PAGES = sorted(page for page in ROOT.glob("docs/**/*.md") if page.name != "servers.md")
+"""Those of `servers.md` are the files of `examples/servers` (`test_servers_page.py`), which `tests/servers` runs."""
 BLOCK = re.compile(
     r"(?:^<!-- no-run: (?P<reason>[^\n]+) -->\n)?"
     r"^```(?P<kind>\w+)(?P<options>[^\n]*)\n(?P<text>.*?)^```$",
