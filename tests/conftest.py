@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import pytest
 from hypothesis import settings
-from leaks import VARIABLE, Watch, wait_for
+from leaks import PREFIX, VARIABLE, Watch, wait_for
 
 DEADLINE = 10.0
 """Seconds that what a test started has for ending after the test."""
@@ -53,7 +53,7 @@ def tracker_says() -> Iterator[TextIO]:
 @pytest.fixture(autouse=True)
 def runtime_dir() -> Iterator[Path]:
     """A directory of its own for each test; in /tmp, because a socket's path is limited to 107 bytes."""
-    directory = Path(tempfile.mkdtemp(prefix="sf-", dir="/tmp"))
+    directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, str(directory))
         yield directory

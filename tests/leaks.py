@@ -6,12 +6,14 @@ How things are attributed to a test:
   this process and was not there before. (A forked child shows the environment that this process was started
   with, so the first rule does not find it. A fork that is an orphan besides is found by neither.)
 - A shared object is the test's when it was not there before. That alone would blame, and remove, what another
-  suite on this machine creates meanwhile; so an object that somebody else has mapped is left alone.
+  suite on this machine creates meanwhile (or another worker of this one); so an object is left alone that somebody
+  else has mapped, or that belongs to a flow in the runtime directory of another test.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +22,8 @@ from typing import TypeVar
 import psutil
 
 VARIABLE = "STRICTFLOW_MP_DIR"
+PREFIX = "sf-"
+"""How the names of the runtime directories begin."""
 SHARED = Path("/dev/shm")
 T = TypeVar("T")
 
@@ -53,8 +57,8 @@ class Watch:
     def shared(self) -> list[str]:
         if not (new := _shared_objects() - self._shared):
             return []
-        mapped = _mapped_by_others(self.processes())
-        return sorted(name for name, inode in new if inode not in mapped)
+        mapped, known = _mapped_by_others(self.processes()), _tokens_but_in(self.directory)
+        return sorted(name for name, inode in new if inode not in mapped and not any(token in name for token in known))
 
     def files(self) -> list[Path]:
         return sorted(path for path in self.directory.rglob("*") if not path.is_dir())
@@ -121,6 +125,18 @@ def _mapped_by_others(ours: list[psutil.Process]) -> set[int]:
         fields = [line.split(maxsplit=5) for line in maps.splitlines()]
         inodes |= {int(inode) for _, _, _, where, inode, *_ in fields if where == device}
     return inodes
+
+
+def _tokens_but_in(directory: Path) -> set[str]:
+    """The tokens in the names of the shared objects of flows in other tests' directories."""
+    tokens = set()
+    for lock in directory.parent.glob(f"{PREFIX}*/*/lock"):
+        try:
+            if directory not in lock.parents and (found := re.search(r'"token": "(\w+)"', lock.read_text())):
+                tokens.add(found[1])
+        except OSError:
+            pass  # it has ended
+    return tokens
 
 
 def _kind(name: str) -> str:

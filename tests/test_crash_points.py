@@ -18,6 +18,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
 import pytest
 from leaks import SHARED
 
@@ -573,22 +574,36 @@ def test_wherever_a_worker_dies_nobody_waits_for_it_and_nothing_of_it_stays(plan
 
 
 OWNER = """
-import os
+import os, signal
 from strictflow_mp import StrictFlow
 
-flow = StrictFlow("mortal", state={"a": 1}, restart=False)
+flow = StrictFlow("mortal", state={"a": 1})
 flow.start_loop()
 flow.put("a", 2).result()
-os.kill(flow.stats().coordinator_pid, 9)
-os.kill(os.getpid(), 9)
+coordinator = flow.stats().coordinator_pid
+os.kill(coordinator, signal.SIGSTOP)
+print(coordinator, flush=True)
+signal.pause()
 """
+
+
+def leave_a_dead_flow() -> None:
+    """Owner and coordinator are killed, and neither has seen the other's end."""
+    with subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout is not None
+        coordinator = psutil.Process(int(owner.stdout.readline()))
+        owner.kill()
+    coordinator.kill()
+    coordinator.wait(RESOLVED)
+
+
 CLEAN = [sys.executable, "-m", "strictflow_mp", "clean"]
 
 
 @pytest.mark.parametrize("event", IN_A_CLEANER)
 def test_wherever_a_cleaner_dies_the_next_one_removes_the_rest(plan, event, runtime_dir):
     for _ in range(2):
-        assert subprocess.run([sys.executable, "-c", OWNER], check=False).returncode == -signal.SIGKILL
+        leave_a_dead_flow()
         plan.make((event, 1))
         assert subprocess.run(CLEAN, check=False, stdout=subprocess.PIPE).returncode == -signal.SIGKILL
         assert not plan.left
@@ -600,7 +615,7 @@ def test_wherever_a_cleaner_dies_the_next_one_removes_the_rest(plan, event, runt
 
 @pytest.mark.parametrize("event", IN_A_CLEANER)
 def test_wherever_a_start_that_discards_dies_the_next_one_has_nothing_of_the_former(plan, event):
-    assert subprocess.run([sys.executable, "-c", OWNER], check=False).returncode == -signal.SIGKILL
+    leave_a_dead_flow()
     flow = new_flow()
     plan.make((event, 1))
     with pytest.raises(FlowNotRunning, match=r"exit code -9"):

@@ -203,8 +203,8 @@ def test_a_directory_that_others_may_enter_is_refused(runtime_dir):
 
 
 def test_a_directory_that_is_a_link_is_refused(runtime_dir, tmp_path, monkeypatch):
-    link = tmp_path / "link"
-    link.symlink_to(runtime_dir)
+    link = runtime_dir / "link"
+    link.symlink_to(tmp_path)
     monkeypatch.setenv("STRICTFLOW_MP_DIR", str(link))
     with pytest.raises(ProtocolError, match="0700"):
         StrictFlow("errors").start_loop()

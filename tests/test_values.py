@@ -228,7 +228,7 @@ def test_what_goes_in_comes_out(value: Any) -> None:
         {str(number) for number in range(20)},
         list(range(70000)),
     ],
-    ids=lambda value: repr(value)[:40],
+    ids=lambda value: f"{type(value).__name__} of {len(value)}" if isinstance(value, set) else repr(value)[:40],
 )
 def test_examples(value: Any) -> None:
     back = unpack(pack(value))
