@@ -23,7 +23,7 @@ def reach(name: str, timeout: float) -> tuple[Stream, dict[str, Any]]:
     """Connect to a flow's coordinator; return the connection and its welcome.
 
     Raises:
-        FlowNotRunning: none appeared within *timeout* seconds.
+        FlowNotRunning: none appeared within *timeout* seconds, or the one that is there runs a P1 task all the time.
         TooManyWorkers, ProtocolError: it does not take us.
     """
     deadline = time.monotonic() + timeout
@@ -52,15 +52,21 @@ def try_to_reach(
 
     Raises:
         TooManyWorkers, ProtocolError, CoordinatorLost: it does not take us.
+        FlowNotRunning: it has no time for us, and this was the first time.
     """
     from . import handshake  # multiprocessing.connection takes 8 ms to import
 
     place = Place.of(name)
+    began = time.monotonic()
     try:
         place.check()
         authkey = place.authkey()
         sock = handshake.connect(place.socket, authkey, patience)
-    except (FileNotFoundError, ConnectionError, BlockingIOError, TimeoutError):
+    except (FileNotFoundError, ConnectionError):
+        return None
+    except (BlockingIOError, TimeoutError):  # nobody has accepted us in time; or the backlog is full
+        if resume is None and time.monotonic() - began >= patience:
+            raise _kept_waiting(name, patience) from None
         return None
     except ProtocolError:
         try:
@@ -82,9 +88,19 @@ def try_to_reach(
             kind = getattr(errors, str(welcome["refused"]), ProtocolError)
             raise kind(str(welcome.get("text")), flow=name)
         return Stream(sock), welcome
-    except (OSError, EOFError):
+    except (OSError, EOFError) as error:
         sock.close()
+        if resume is None and isinstance(error, (BlockingIOError, TimeoutError)):
+            raise _kept_waiting(name, patience) from None
         return None
     except BaseException:
         sock.close()
         raise
+
+
+def _kept_waiting(name: str, seconds: float) -> FlowNotRunning:
+    return FlowNotRunning(
+        f"its coordinator has let nobody in for {seconds:g} s: a P1 task runs in it all the time; shorten the task, or "
+        "give it a timeout=",
+        flow=name,
+    )

@@ -120,10 +120,11 @@ class StrictFlow:
         """A handle on a flow that is running.
 
         Args:
-            timeout: seconds to wait for it to appear.
+            timeout: seconds to wait for it to appear. While a P1 task runs in it nobody is let in: that is waited for,
+                too, for a minute at most.
 
         Raises:
-            FlowNotRunning: it did not.
+            FlowNotRunning: it did not appear, or let nobody in.
         """
         flow = cls(name)
         if flow._inside is None:

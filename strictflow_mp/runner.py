@@ -84,7 +84,8 @@ class Runner:
         token = priority.set(1)
         jobs: list[Call] = []
         numbers: dict[int, int] = {}
-        tight = not self._writer.is_roomy()
+        writer = self._writer
+        tight, version = not writer.is_roomy(), writer.version
         self._is_debugging = logger.isEnabledFor(logging.DEBUG)
         clock = time.perf_counter
         began = clock()
@@ -94,8 +95,8 @@ class Runner:
                 numbers[job.owner] = job.flag
             if job.state is not State.CANCELLED:
                 self._run_write(job, burst)
-            if tight:
-                break  # alone, so that it can only be itself that finds no room
+            if tight or writer.version != version:
+                break  # alone, or the last ahead of another look: so that it can only be itself that finds no room
         audit("strictflow_mp.burst.ran")
         try:
             burst.publish()

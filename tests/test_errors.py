@@ -185,6 +185,25 @@ def test_what_found_no_room_never_comes_back_and_a_deletion_makes_room():
         assert flow.state == {**FIRST, refused: bytes(1000)}
 
 
+def test_what_follows_a_heavy_task_fails_only_if_it_has_no_room_itself():
+    with StrictFlow("full", capacity=2 << 20, state=FIRST) as flow:
+        flow.put("most", bytes(1_300_000)).result()
+
+        @write(flow)
+        def put(key, size):
+            flow.state[key] = bytes(size)
+
+        put("loaded", 1).result()
+        with held(flow):
+            heavy = put("heavy", 600_000)
+            rest = [put(f"light-{number}", 50_000) for number in range(5)]
+        assert heavy.result() is None
+        stored = [future.exception() is None for future in rest]
+        assert stored[0]
+        assert not stored[-1]
+        assert [f"light-{number}" in flow.state for number in range(5)] == stored
+
+
 def test_a_task_whose_room_a_heavy_one_of_its_burst_has_taken_fails_though_another_heavy_one_follows():
     """What is there when a heavy task comes is committed first: then too its tasks hear whether there was room."""
     with StrictFlow(capacity=2 << 20) as flow:

@@ -9,8 +9,10 @@ import sys
 
 import msgpack
 import pytest
+from holding import held
 
-from strictflow_mp import ProtocolError, StrictFlow, handshake, wire, write
+from strictflow_mp import FlowNotRunning, ProtocolError, StrictFlow, handshake, wire, write
+from strictflow_mp.connection import try_to_reach
 from strictflow_mp.rendezvous import Place
 
 FIRST = {"config": {"handlers": [1, 2, 3]}}
@@ -199,6 +201,14 @@ def test_a_directory_that_others_may_enter_is_refused(runtime_dir):
         with pytest.raises(ProtocolError, match="0700") as caught:
             StrictFlow("errors").start_loop()
         runtime_dir.chmod(0o700)
+        assert caught.value.flow == "errors"
+
+
+def test_who_is_not_let_in_since_a_task_runs_all_the_time_is_told_so():
+    with StrictFlow("errors") as flow:
+        flow.stats()
+        with held(flow), pytest.raises(FlowNotRunning, match="a P1 task runs in it all the time") as caught:
+            try_to_reach("errors", patience=0.1)
         assert caught.value.flow == "errors"
 
 
