@@ -28,7 +28,7 @@ from strictflow_mp import segment as segments
 from strictflow_mp.errors import StateFull, StrictFlowError
 from strictflow_mp.processes import Identity
 from strictflow_mp.segment import RING, W_KEY, W_VERSION, Segment
-from strictflow_mp.store import Found, Pins, StoreReader, StoreWriter, Version, commit
+from strictflow_mp.store import Found, PinnedVersions, Pins, StoreReader, StoreWriter, Version, commit
 from strictflow_mp.store import arena as arenas
 from strictflow_mp.store.arena import Arena, block_size
 from strictflow_mp.store.reader import HOPS
@@ -511,6 +511,7 @@ def test_a_read_that_is_overtaken_at_every_load_still_ends(new_store):
     for _ in range(5):
         before = store.writer.version
         assert is_true(reader.get(reader.route(KEYS[0])), history, before, store.writer.version)
+        assert PinnedVersions(store.segment).oldest is None
 
 
 @pytest.mark.parametrize("commits", [RING - 1, RING, RING + 1, 2 * RING])
