@@ -286,8 +286,9 @@ class Sessions:
         if type(paths) is not list or len(paths) > PATHS or not all(type(path) is str for path in paths):
             raise _Refused("ProtocolError", "its greeting is damaged")
         known = set(sys.path)
+        # A path with a NUL would end every import that comes to it, with a ValueError.
         if len(known) + len(paths) <= ALL_PATHS:
-            sys.path += [path for path in dict.fromkeys(paths) if path not in known]
+            sys.path += [path for path in dict.fromkeys(paths) if path not in known and "\0" not in path]
         # The kernel does not tell the pid of a process that we cannot see: one of another pid namespace, or on macOS.
         pid = handshake.peer(newcomer)[0]
         identity = Identity.of(pid) if pid else _claimed(greeting)

@@ -25,7 +25,7 @@ from hypothesis.stateful import (
 from watched import Watched, WatchedSegment, nothing
 
 from strictflow_mp import segment as segments
-from strictflow_mp.errors import StateFull, StrictFlowError
+from strictflow_mp.errors import ProtocolError, StateFull, StrictFlowError
 from strictflow_mp.processes import Identity
 from strictflow_mp.segment import RING, W_KEY, W_VERSION, Segment
 from strictflow_mp.store import Found, PinnedVersions, Pins, StoreReader, StoreWriter, Version, commit
@@ -119,6 +119,7 @@ def reuse_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 WEAK = {
     "strong": lambda key, block, real: real,
+    "35 bits equal": lambda key, block, real: real << 35 if block == 0 else real,
     "60 bits equal": lambda key, block, real: real << 60 if block == 0 else real,
     "180 bits equal": lambda key, block, real: 0 if block < 3 else real,
     "every other key collides": lambda key, block, real: 0 if block < 2 and key[-1] & 1 else real,
@@ -1040,3 +1041,32 @@ def test_a_block_is_as_large_as_was_asked_and_at_most_an_eighth_larger(words):
     size = block_size(words)
     assert words <= size <= words * 9 / 8
     assert block_size(size) == size
+
+
+@pytest.mark.parametrize("damage", ["a pointer", "a length", "the version"])
+def test_a_damaged_tree_is_an_error_that_says_so(new_store, damage):
+    store = new_store()
+    store.writer.publish({b"%d" % number: b"payload" for number in range(100)})
+    words, reader = store.segment.words, store.reader
+    version = reader.pin()
+    route = reader.route(b"7")
+    pointers = list(walk(words, version.root))
+    if damage == "a pointer":
+        words[(version.root >> 1) + route.turns[0]] = len(words) << 2 | 1
+    elif damage == "a length":
+        for pointer in pointers:
+            if pointer & 1:
+                words[(pointer >> 1) + 2] |= PAYLOAD_MASK
+    else:
+        words[W_VERSION] = 1 << 63
+        with pytest.raises(ProtocolError, match="damaged"):
+            reader.pin()
+        words[W_VERSION] = version.number
+        return
+    for look in (
+        lambda: reader.find(version, route),
+        lambda: [*reader.cells(version)],
+        lambda: [*reader.cells_since(version, 0)],
+    ):
+        with pytest.raises(ProtocolError, match="damaged"):
+            look()
