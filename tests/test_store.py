@@ -27,7 +27,7 @@ from watched import Watched, WatchedSegment, nothing
 from strictflow_mp import segment as segments
 from strictflow_mp.errors import ProtocolError, StateFull, StrictFlowError
 from strictflow_mp.processes import Identity
-from strictflow_mp.segment import RING, W_KEY, W_VERSION, Segment
+from strictflow_mp.segment import RING, W_HORIZON, W_KEY, W_VERSION, Segment
 from strictflow_mp.store import Found, PinnedVersions, Pins, StoreReader, StoreWriter, Version, commit
 from strictflow_mp.store import arena as arenas
 from strictflow_mp.store.arena import Arena, block_size
@@ -493,6 +493,7 @@ def test_a_cell_leads_to_the_one_that_came_in_its_place(new_store, end):
         writer = store.another_writer()
         writer.publish({})
     now = reader.get(reader.route(b"key"))
+    assert reader.follow(words[W_VERSION], len(words), version) is None  # a place that is none
     followed = reader.follow(words[W_VERSION], place, version)
     if end in ("deleted", "many", "taken over"):
         assert followed is None
@@ -1043,7 +1044,7 @@ def test_a_block_is_as_large_as_was_asked_and_at_most_an_eighth_larger(words):
     assert block_size(size) == size
 
 
-@pytest.mark.parametrize("damage", ["a pointer", "a length", "the version"])
+@pytest.mark.parametrize("damage", ["a pointer", "a length", "the version", "the horizon"])
 def test_a_damaged_tree_is_an_error_that_says_so(new_store, damage):
     store = new_store()
     store.writer.publish({b"%d" % number: b"payload" for number in range(100)})
@@ -1058,10 +1059,10 @@ def test_a_damaged_tree_is_an_error_that_says_so(new_store, damage):
             if pointer & 1:
                 words[(pointer >> 1) + 2] |= PAYLOAD_MASK
     else:
-        words[W_VERSION] = 1 << 63
+        words[W_VERSION if damage == "the version" else W_HORIZON] = 1 << 63
         with pytest.raises(ProtocolError, match="damaged"):
             reader.pin()
-        words[W_VERSION] = version.number
+        words[W_VERSION], words[W_HORIZON] = version.number, 0
         return
     for look in (
         lambda: reader.find(version, route),
