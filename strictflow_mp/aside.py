@@ -7,9 +7,16 @@ application does there (names that are looked up, files that are read) would wai
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, TypeVar
 
-__all__ = ["waiting_room"]
+if TYPE_CHECKING:
+    import asyncio
+
+__all__ = ["dismiss", "waits"]
+
+R = TypeVar("R")
 
 THREADS = 4
 """All wait for the same gate, so more of them would see no earlier that it has opened."""
@@ -17,13 +24,32 @@ THREADS = 4
 _room: ThreadPoolExecutor | None = None
 
 
-def waiting_room() -> ThreadPoolExecutor:
+def waits(loop: asyncio.AbstractEventLoop, function: Callable[[], R]) -> asyncio.Future[R]:
+    """Call a function that waits, in a thread of its own, for an event loop."""
+    try:
+        return loop.run_in_executor(_waiting_room(), function)
+    except RuntimeError:  # dismissed at this very moment, by another thread
+        return loop.run_in_executor(_waiting_room(), function)
+
+
+def _waiting_room() -> ThreadPoolExecutor:
     """The executor, made when it is first needed."""
     global _room
     room = _room
     if room is None:
         room = _room = ThreadPoolExecutor(THREADS, thread_name_prefix="strictflow-gate")
     return room
+
+
+def dismiss() -> None:
+    """Let the threads end that nobody needs: a flow was closed, and a fork with threads is a warning from 3.12 on.
+
+    Who waits for another flow goes on; the next one who waits has new threads.
+    """
+    global _room
+    room, _room = _room, None
+    if room is not None:
+        room.shutdown(wait=False)
 
 
 def _forget() -> None:

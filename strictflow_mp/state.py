@@ -156,9 +156,9 @@ class Snapshot(View):
             else:
                 import asyncio  # loaded already: somebody awaits us
 
-                from .aside import waiting_room
+                from .aside import waits
 
-                await asyncio.get_running_loop().run_in_executor(waiting_room(), self._at)
+                await waits(asyncio.get_running_loop(), self._at)
         self._at()
         return self
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +187,20 @@ def test_what_is_kept_of_values_that_were_read_is_bounded_and_always_the_latest(
         flow.put(29, bytes(20_000)).result()  # what was kept has grown too large to be kept
         assert len(flow.state[29]) == 20_000
         assert kept() == cache._size <= 10_000
+
+
+def test_no_thread_is_left_when_a_flow_is_closed_that_an_async_snapshot_has_waited_for(eventually):
+    before = {*threading.enumerate()}
+    with StrictFlow("waited", state={"number": 1}) as flow:
+
+        async def look():
+            async with flow.snapshot() as now:
+                return now["number"]
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            with held(flow, number=2):
+                looks = pool.submit(lambda: asyncio.run(look()))
+                eventually(lambda: has_a_sleeping_reader(flow))
+            assert looks.result() == 2
+        assert {*threading.enumerate()} - before
+    eventually(lambda: not {*threading.enumerate()} - before)
