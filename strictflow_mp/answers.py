@@ -85,15 +85,12 @@ class Answers:
                 self._receipts.add(receipt)
                 self._written.append(receipt)
 
-    def revoke(self) -> None:
-        """The commit has failed: nothing that was sealed for it is so."""
+    def revoke(self, reason: StateFull) -> None:
+        """The commit has failed: nothing that was sealed for it is so, and whose changes it held has failed."""
         for receipt in self._written:
             self._receipts.take_back(receipt)
         del self._frames[self._sealed_frames :]
         self.unsealed = self._sealing + self.unsealed
-
-    def lost(self, reason: StateFull) -> None:
-        """What the tasks without a receipt have changed is gone: they have failed."""
         for call in self.unsealed:
             if not call.answer and not call.has_failed:
                 self._fail(call, reason)

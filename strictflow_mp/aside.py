@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
     import asyncio
+    from concurrent.futures import ThreadPoolExecutor
 
 __all__ = ["dismiss", "waits"]
 
@@ -37,6 +37,8 @@ def _waiting_room() -> ThreadPoolExecutor:
     global _room
     room = _room
     if room is None:
+        from concurrent.futures import ThreadPoolExecutor  # with the module `queue`: few need it
+
         room = _room = ThreadPoolExecutor(THREADS, thread_name_prefix="strictflow-gate")
     return room
 

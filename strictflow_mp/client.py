@@ -24,6 +24,7 @@ import posix_ipc
 
 from . import functions, wire
 from .arguments import pack_arguments
+from .aside import dismiss
 from .attachment import Attachment
 from .connection import reach, try_to_reach
 from .core import logger
@@ -124,10 +125,7 @@ class Client:
         with self._attaching:
             attachment, self._attachment = self._attachment, None
             self.state.unbind()
-        if "strictflow_mp.aside" in sys.modules:  # nobody has waited there else
-            from .aside import dismiss
-
-            dismiss()
+        dismiss()
         if attachment is None or attachment.is_lost:
             return
         with self._submitting:
@@ -245,8 +243,7 @@ class Client:
                 began = time.monotonic_ns() if attachment.words[W_TRACE] else 0
                 futures += self._call_batch(attachment, task, batch)
                 if began:
-                    ended = time.monotonic_ns()
-                    attachment.tracer.submitted(task.name, task.priority, futures[position:], began, ended)
+                    attachment.tracer.submitted(task.name, task.priority, futures[position:], began)
             position += len(batch)
         return futures
 
@@ -301,8 +298,7 @@ class Client:
                 attachment.unread.append(number)
                 self._submit(attachment, wire.pack_frame(*sent))
                 if began:
-                    ended = time.monotonic_ns()
-                    attachment.tracer.submitted("put", 1, [future], began, ended)
+                    attachment.tracer.submitted("put", 1, [future], began)
                 return future
 
     def write(self, changes: dict[bytes, bytes | None]) -> None:

@@ -23,7 +23,7 @@ from .flow import StrictFlow
 from .leftovers import sweep
 from .plain import plain
 from .readiness import tell
-from .rendezvous import places
+from .rendezvous import Place, places
 from .top import watch
 from .values import describe, unpack_key
 
@@ -136,7 +136,7 @@ def ls_command(as_json: bool) -> None:
         click.echo("`strictflow-mp clean` removes what is stale; starting it under its name goes on from it", err=True)
 
 
-def _entry(place: Any) -> dict[str, Any]:
+def _entry(place: Place) -> dict[str, Any]:
     resident = place.resident()
     name = resident.name if resident else place.directory.name
     entry: dict[str, Any] = {"name": name, "pid": resident.pid if resident else None, "status": "stale"}

@@ -100,8 +100,7 @@ class Runner:
         audit("strictflow_mp.burst.ran")
         try:
             burst.publish()
-        except StateFull as full:
-            self._answers.lost(full)
+        except StateFull:
             with suppress(StateFull):
                 burst.publish()  # that they have failed: it takes the room of their receipts only
         priority.reset(token)
@@ -166,7 +165,8 @@ class Runner:
             else:
                 transaction.put_back(job.payload, result, job)
         except BaseException as error:
-            self.fail(job, error)
+            if job.failure is not error:  # else the burst has said so
+                self.fail(job, error)
             # If only later tasks of its process had receipts, the next coordinator would run this one again.
             self._answers.add_failed(job)
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload
 
+from .aside import waits
 from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
 from .keys import TypedMapping, TypedState
@@ -155,8 +156,6 @@ class Snapshot(View):
                 self._take(reader)
             else:
                 import asyncio  # loaded already: somebody awaits us
-
-                from .aside import waits
 
                 await waits(asyncio.get_running_loop(), self._at)
         self._at()

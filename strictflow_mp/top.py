@@ -10,7 +10,7 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from threading import Thread
@@ -41,24 +41,21 @@ class _Looks:
 
     def __init__(self, flow: StrictFlow) -> None:
         self._flow = flow
-        self._asked: Future[Look] | None = None
+        self._asked: futures.Future[Look] | None = None
         self._since = 0.0
 
     def next(self, timeout: float) -> Look | None:
         """The next look, or None when there is none in time."""
         if self._asked is None:
-            self._asked, self._since = Future(), time.monotonic()
+            self._asked, self._since = futures.Future(), time.monotonic()
             Thread(target=self._ask, args=(self._asked,), daemon=True).start()
-        try:
-            look = self._asked.result(timeout)
-        except TimeoutError:
+        asked = self._asked
+        if not futures.wait([asked], timeout).done:
             return None
-        finally:
-            if self._asked.done():
-                self._asked = None
-        return look
+        self._asked = None
+        return asked.result()
 
-    def _ask(self, asked: Future[Look]) -> None:
+    def _ask(self, asked: futures.Future[Look]) -> None:
         try:
             stats, at = self._flow.stats(), time.monotonic()
             others = tuple(worker for worker in stats.workers if worker.pid != os.getpid())

@@ -60,9 +60,9 @@ class Tracer:
         part.introduce(process_name(), self._slot)
         return part
 
-    def submitted(self, name: str, priority: int, futures: Sequence[TaskFuture[Any]], began: int, ended: int) -> None:
+    def submitted(self, name: str, priority: int, futures: Sequence[TaskFuture[Any]], began: int) -> None:
         """Tasks were submitted, in one frame."""
-        part = self.part()
+        ended, part = time.monotonic_ns(), self.part()
         if part is not None and futures:
             about = {"tenant": self._tenant, "tasks": [(futures[0].number, len(futures))], "priority": priority}
             part.write(part.slice("submit", f"submit {name}", began, ended, **about))

@@ -7,6 +7,7 @@ Invariants: a task's changes enter the burst whole or not at all; what a task ta
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, MutableMapping
+from contextlib import suppress
 from typing import Any, Protocol
 
 from .errors import StateFull
@@ -39,11 +40,8 @@ class Ledger(Protocol):
     def seal(self) -> None:
         """The next commit holds all that were added."""
 
-    def revoke(self) -> None:
-        """It does not: there was no room."""
-
-    def lost(self, reason: StateFull) -> None:
-        """What those that were added have changed is gone."""
+    def revoke(self, reason: StateFull) -> None:
+        """It does not: there was no room, and what they have changed is gone."""
 
     def committed(self, version: int, keys: Iterable[bytes]) -> None:
         """It is done, and changed these keys."""
@@ -125,10 +123,8 @@ class Burst:
             weight += len(key) + CELL_OVERHEAD + (len(payload) if payload else 0)
         if weight > BURST_BYTES and changes:
             # Too heavy to be sure of its room: what is there is committed first, so that it can only harm itself.
-            try:
+            with suppress(StateFull):  # then those have failed
                 self.publish()
-            except StateFull as full:  # one that was as heavy, earlier in the burst, has taken the room
-                self._ledger.lost(full)
             self._ledger.add(call)
             self._changes = dict(changes)
             self.publish()
@@ -162,8 +158,8 @@ class Burst:
             self._ledger.seal()
             try:
                 self._writer.commit(changes)
-            except StateFull:
-                self._ledger.revoke()
+            except StateFull as full:
+                self._ledger.revoke(full)
                 raise
             self._is_tidy = False
             if changes:

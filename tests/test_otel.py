@@ -199,7 +199,8 @@ def test_a_spawned_worker_makes_spans_too(flow, tmp_path, eventually):
     def worker():
         provide_all(str(path))
         set_to(5).result()
-        while not os.path.exists(path):  # the span ends in the thread that reads the answer
+        # The span ends in the thread that reads the answer, which ends with us.
+        while not os.path.exists(path) or not os.path.getsize(path):
             time.sleep(0.001)
 
     def provide_all(path):

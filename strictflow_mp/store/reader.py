@@ -21,7 +21,7 @@ from ..words import WEAK, WORD, read_fence
 from .pins import Pins
 from .trie import CELL_HEAD, FANOUT, GONE, KEY_SHIFT, LEVELS, NEXT, PAYLOAD_MASK, Hash, deep_find, walk
 
-__all__ = ["Cell", "Route", "StoreReader", "Version"]
+__all__ = ["Cell", "Found", "Route", "StoreReader", "Version"]
 
 TRIES = 16
 """Plain reads that the horizon may overtake before a read takes a pin."""

@@ -48,6 +48,18 @@ async def take(flow):
         return dict(snapshot)
 
 
+async def cancelled_while_held(flow, begin):
+    """Wait for something that a P1 holds up, and cancel that; the P1 goes on."""
+    with held(flow) as task:
+        waiting = asyncio.ensure_future(begin())
+        await turns(5)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        assert not task.done()
+    await task
+
+
 async def first(watch):
     async for change in watch:
         return change.value
@@ -133,32 +145,12 @@ def test_more_snapshots_wait_than_the_loop_has_threads_and_its_other_work_goes_o
 
 
 def test_a_call_whose_awaiting_is_cancelled_is_taken_back(flow, run):
-    async def main():
-        with held(flow) as task:
-            waiting = asyncio.ensure_future(increment(flow)())
-            await turns(5)
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-            assert not task.done()
-        await task
-
-    run(main())
+    run(cancelled_while_held(flow, increment(flow)))
     assert flow.state["a"] == 0
 
 
 def test_a_snapshot_that_is_cancelled_at_the_gate_keeps_no_pin(flow, run, eventually):
-    async def main():
-        with held(flow) as task:
-            waiting = asyncio.ensure_future(take(flow))
-            await turns(5)
-            waiting.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await waiting
-            assert not task.done()
-        await task
-
-    run(main())
+    run(cancelled_while_held(flow, lambda: take(flow)))
     attachment = flow._client.attach()
     eventually(lambda: not attachment.pins.are_held)
 
