@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -106,6 +106,12 @@ class Attachment:
     def room(self) -> int:
         """How many more tasks may be submitted before answers come."""
         return self.max_pending - len(self.pending) + len(self.watches)
+
+    def forget(self, numbers: Iterable[int]) -> None:
+        """Nobody waits for these answers."""
+        for number in numbers:
+            self.pending.pop(number, None)
+            self.watches.discard(number)
 
     def settle(self, frame: Frame) -> bool:
         """Settle the futures that a frame answers; whether that should be acknowledged at once.

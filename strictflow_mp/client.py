@@ -255,9 +255,8 @@ class Client:
             function = len(attachment.function_frames)
             head = self._function_frame(task, function)
             attachment.function_frames.append(head)
-            attachment.functions[task] = function
         is_write = task.priority == 1
-        acked, port, pending, label = attachment.acked, attachment.port, attachment.pending, task.name
+        acked, port, label = attachment.acked, attachment.port, task.name
         number = first = attachment.last + 1
         attachment.last += len(batch)
         flag = 0
@@ -265,22 +264,18 @@ class Client:
             flag = attachment.writes + 1
             attachment.writes += len(batch)
         frame = wire.pack_frame(wire.CALL, first, function, batch, flag, acked)
-        futures: list[TaskFuture[Any]] = []
+        futures: dict[int, TaskFuture[Any]] = {}
         for arguments in batch:
-            future: TaskFuture[Any] = TaskFuture(port, number, label)
+            future = futures[number] = TaskFuture(port, number, label)
             # To be sent again if the coordinator dies before it answers.
             future.sent = (wire.CALL, number, function, (arguments,), flag, 0)
-            pending[number] = future
-            futures.append(future)
             number += 1
             if is_write:
                 flag += 1
-        if is_write:
-            attachment.unread.extend(range(first, number))  # pending by now, or they would be taken as answered
-            self._submit(attachment, head + frame)
-        else:
-            self._send(attachment, head + frame)
-        return futures
+        self._dispatch(attachment, futures, head + frame, is_write=is_write)
+        if head:
+            attachment.functions[task] = function  # not ahead of the frame that tells of it
+        return [*futures.values()]
 
     def put(self, changes: dict[bytes, bytes | None]) -> TaskFuture[Any]:
         """Submit a ready-made P1."""
@@ -294,9 +289,7 @@ class Client:
                 flag = attachment.writes = attachment.writes + 1
                 sent = (wire.PUT, number, list(changes.items()), flag, attachment.acked)
                 began = time.monotonic_ns() if attachment.words[W_TRACE] else 0
-                future = self._new_future(attachment, "put", sent)
-                attachment.unread.append(number)
-                self._submit(attachment, wire.pack_frame(*sent))
+                future = self._dispatch_one(attachment, "put", sent, is_write=True)
                 if began:
                     attachment.tracer.submitted("put", 1, [future], began)
                 return future
@@ -316,21 +309,19 @@ class Client:
         """Ask to be told when one of the keys (none: any) has changed after *version*."""
         attachment = self.attach()
         with self._submitting:
-            attachment.watches.add(attachment.last + 1)
             return self._question(attachment, wire.WATCH, version, keys)
 
     def _question(self, attachment: Attachment, kind: int, *fields: Any) -> TaskFuture[Any]:
         number = attachment.last = attachment.last + 1
-        future = self._new_future(attachment, "question", (kind, number, *fields))
-        self._send(attachment, wire.pack_frame(*future.sent))
-        return future
+        return self._dispatch_one(attachment, "question", (kind, number, *fields))
 
-    @staticmethod
-    def _new_future(attachment: Attachment, label: str, sent: tuple[Any, ...]) -> TaskFuture[Any]:
-        number = sent[1]
-        future: TaskFuture[Any] = TaskFuture(attachment.port, number, label)
+    def _dispatch_one(
+        self, attachment: Attachment, label: str, sent: tuple[Any, ...], *, is_write: bool = False
+    ) -> TaskFuture[Any]:
+        future: TaskFuture[Any] = TaskFuture(attachment.port, sent[1], label)
         future.sent = sent
-        attachment.pending[number] = future
+        futures = {future.number: future}
+        self._dispatch(attachment, futures, wire.pack_frame(*sent), is_write=is_write, is_watch=sent[0] == wire.WATCH)
         return future
 
     def _function_frame(self, task: Any, number: int) -> bytes:
@@ -364,15 +355,37 @@ class Client:
         except SerializationError as error:
             raise error.of(self.name) from None
 
-    def _submit(self, attachment: Attachment, data: bytes) -> None:
-        """Send frames, then raise the flag for the P1 tasks in them. The caller holds `_submitting`."""
-        audit("strictflow_mp.submit.begun")
-        self._send(attachment, data)
-        audit("strictflow_mp.submit.sent")
-        # If a signal handler raised before this, the frame of the next P1 says how far to count.
-        if not attachment.is_lost:
-            attachment.gate.raise_flag(attachment.writes)
-        audit("strictflow_mp.submit.counted")
+    def _dispatch(
+        self,
+        attachment: Attachment,
+        futures: dict[int, TaskFuture[Any]],
+        data: bytes,
+        *,
+        is_write: bool,
+        is_watch: bool = False,
+    ) -> None:
+        """Send frames; if they are of P1 tasks, raise the flag behind that. The caller holds `_submitting`.
+
+        When a signal handler raises in here, the tasks run once or not at all, and nobody holds their futures.
+        """
+        try:
+            if is_watch:
+                attachment.watches.update(futures)
+            attachment.pending.update(futures)
+            if not is_write:
+                self._send(attachment, data)
+                return
+            attachment.unread.extend(futures)  # pending by now, or they would be taken as answered
+            audit("strictflow_mp.submit.begun")
+            self._send(attachment, data)
+            audit("strictflow_mp.submit.sent")
+            # If a signal handler raised before this, the frame of the next P1 says how far to count.
+            if not attachment.is_lost:
+                attachment.gate.raise_flag(attachment.writes)
+            audit("strictflow_mp.submit.counted")
+        except BaseException:
+            attachment.forget(futures)  # or they would take up room, and hold up what is acknowledged
+            raise
 
     def _send(self, attachment: Attachment, data: bytes) -> None:
         """Send frames that are pending already; if the coordinator has died, the next one gets them with the rest."""

@@ -176,34 +176,24 @@ class Stream:
 
         When the other end has closed, nothing is sent, and `has_ended` says so.
         """
-        if self._unsent:
-            self._unsent += data
-            return self.flush()
-        try:
-            sent = self.socket.send(data, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            sent = 0
-        except (BrokenPipeError, ConnectionResetError):
-            self.has_ended = True
-            return True
-        if sent == len(data):
-            return True
-        self._unsent += memoryview(data)[sent:]
-        return False
+        self._unsent += data
+        return self.flush()
 
     def flush(self) -> bool:
-        """Send what was kept; False when some is left."""
+        """Send what was kept; False when some is left.
+
+        As in `fill`: what has gone into the socket is struck off in the same C call, so that no signal handler raises
+        in between, and nothing is sent twice.
+        """
         unsent = self._unsent
-        while unsent:
-            try:
-                sent = self.socket.send(memoryview(unsent)[: 1 << 20], socket.MSG_NOSIGNAL)
-            except BlockingIOError:
-                return False
-            except (BrokenPipeError, ConnectionResetError):
-                self.has_ended = True
-                unsent.clear()
-                return True
-            del unsent[:sent]
+        try:
+            while unsent:
+                next(map(unsent.__delitem__, map(slice, map(self.socket.send, (unsent,), (socket.MSG_NOSIGNAL,)))))
+        except BlockingIOError:
+            return False
+        except (BrokenPipeError, ConnectionResetError):
+            self.has_ended = True
+            unsent.clear()
         return True
 
     @property

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import linecache
 import os
 import random
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from strictflow_mp import StrictFlow, write
+import strictflow_mp
+from strictflow_mp import StrictFlow, read, write
 from strictflow_mp.rendezvous import Place
+from strictflow_mp.wire import Stream
 
 pytestmark = [
     pytest.mark.timeout(60, method="thread"),  # the other method needs SIGALRM itself
@@ -62,6 +69,33 @@ def interrupted(bell: Callable[[], None], call: Callable[[], Any]) -> bool:
     return False
 
 
+def struck(line: int, call: Callable[[], Any]) -> bool:
+    """Call, and raise at that line (of all that are run in the package), as a handler may; whether there was one."""
+    package, left = str(Path(strictflow_mp.__file__).parent), line
+
+    def trace(frame: Any, event: str, arg: Any) -> Any:
+        nonlocal left
+        file = frame.f_code.co_filename
+        if not file.startswith(package):
+            return None
+        # No signal is handled between the end of a block and the exit that its `with` calls, though a line is traced.
+        if event == "line" and not linecache.getline(file, frame.f_lineno).strip().startswith("with"):
+            left -= 1
+            if not left:
+                raise Rung
+        return trace
+
+    former = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Rung:
+        pass
+    finally:
+        sys.settrace(former)
+    return left <= 0  # the interpreter itself catches what is raised in a __del__
+
+
 def note_in(flow: StrictFlow) -> Any:
     @write(flow)
     def note(number):
@@ -104,6 +138,36 @@ def test_an_interrupted_submit_runs_once_or_not_at_all_and_leaves_no_flag_up(flo
     assert times > 5
 
 
+SUBMITS: dict[str, Callable[[StrictFlow, int], Any]] = {
+    "a P1": lambda flow, number: note_in(flow)(number),
+    "P1 in one go": lambda flow, number: note_in(flow).map([number] * 3),
+    "a P2": lambda flow, number: read(flow)(lambda: number)(),
+    "a put": lambda flow, number: flow.put("put", number),
+    "a watch": lambda flow, number: flow._client.watch(1 << 40, ()),
+}
+
+
+@pytest.mark.parametrize("kind", SUBMITS)
+def test_a_submit_that_is_interrupted_at_any_line_leaves_the_connection_as_it_was(flow, kind, eventually):
+    """The function of the task is new each time, and goes along."""
+    note = note_in(flow)
+    attachment = flow._client.attach()
+    room = attachment.room
+    for line in itertools.count(1):
+        was_struck = struck(line, lambda line=line: SUBMITS[kind](flow, line))
+        assert note(-line).result(60) == -line
+        assert flow._client.attach() is attachment
+        flow.stats()  # behind whatever was submitted
+        assert attachment.room == room
+        assert attachment.acked == attachment.last - 1
+        if not was_struck:
+            break
+    assert line > 20
+    ids = flow.state["ids"]
+    assert [number for number in ids if number < 0] == [*range(-1, -line - 1, -1)]
+    eventually(attachment.gate.is_open)
+
+
 def test_an_interrupted_gated_read_raises_what_the_handler_raised_and_the_next_one_is_right(flow, bell):
     note = note_in(flow)
     times = 0
@@ -133,3 +197,21 @@ def test_a_wait_for_the_next_coordinator_can_be_interrupted_and_goes_on(flow, be
         assert times > 3
         assert future.result(0) == number
     assert flow.state["ids"] == [0, 1, 2, 3]
+
+
+def test_a_frame_for_which_there_is_no_room_is_sent_once_wherever_its_sending_is_interrupted():
+    data = os.urandom(1 << 20)  # several times what a socket holds
+    for line in itertools.count(1):
+        ours, theirs = socket.socketpair()
+        stream, received = Stream(ours), bytearray()
+        was_struck = struck(line, lambda stream=stream: stream.send(data))
+        with theirs:
+            while not stream.flush():
+                received += theirs.recv(1 << 16)
+            stream.close()
+            while portion := theirs.recv(1 << 16):
+                received += portion
+        assert received in (data, b"")
+        if not was_struck:
+            break
+    assert line > 3
