@@ -155,7 +155,8 @@ class Attachment:
     def settle_traced(self, frame: Frame) -> bool:
         """As `settle`, while a run is recorded."""
         numbers = range(frame[1], frame[1] + len(frame[2])) if frame[0] == wire.RESULT else [frame[1]]
-        due = [(number, self.pending[number].label) for number in numbers if number in self.pending]
+        pending = self.pending
+        due = [(number, pending[number].label) for number in numbers if number in pending and pending[number].is_task]
         with self.tracer.reading(due):
             return self.settle(frame)
 

@@ -60,6 +60,14 @@ EXPELLED = 0.5
 RETRY = 0.005
 FIRST, BATCH = 16, 128
 """Calls in the first frame of several, and in the others: the coordinator begins while the rest is on its way."""
+QUESTIONS = {
+    wire.CANCEL: "cancel",
+    wire.STATS: "stats",
+    wire.STOP: "stop_loop",
+    wire.WATCH: "watch",
+    wire.TRACE: "trace",
+}
+"""What is no task, and what users call that asks it."""
 SLICE = 0.05
 """Seconds after which a thread that waits for another thread's reading looks for itself."""
 
@@ -313,13 +321,14 @@ class Client:
 
     def _question(self, attachment: Attachment, kind: int, *fields: Any) -> TaskFuture[Any]:
         number = attachment.last = attachment.last + 1
-        return self._dispatch_one(attachment, "question", (kind, number, *fields))
+        return self._dispatch_one(attachment, QUESTIONS[kind], (kind, number, *fields))
 
     def _dispatch_one(
         self, attachment: Attachment, label: str, sent: tuple[Any, ...], *, is_write: bool = False
     ) -> TaskFuture[Any]:
         future: TaskFuture[Any] = TaskFuture(attachment.port, sent[1], label)
         future.sent = sent
+        future.is_task = sent[0] not in QUESTIONS
         futures = {future.number: future}
         self._dispatch(attachment, futures, wire.pack_frame(*sent), is_write=is_write, is_watch=sent[0] == wire.WATCH)
         return future

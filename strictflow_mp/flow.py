@@ -247,12 +247,13 @@ class StrictFlow:
 
         Yields `Change(version, key, value)`. Nothing is polled, no wake-up is lost, and the latest value of a key is
         always yielded, however late one looks and whether or not the coordinator was restarted meanwhile. The
-        iteration ends when the flow is stopped or the watch is closed. Without keys, a watch keeps the keys of the
-        state in memory, to find out which are deleted.
+        iteration ends when the watch is closed; in the process that owns the flow, and in its descendants, also when
+        the flow is stopped. In other processes it goes on when the flow is started again, and yields every watched key.
+        Without keys, a watch keeps the keys of the state in memory, to find out which are deleted.
 
         Raises:
             FlowNotRunning: no coordinator serves the flow.
-            CoordinatorLost: it died, and no other came (from the iteration).
+            CoordinatorLost: it died, and no other came (from the iteration, where that ends with the flow).
         """
         if self._inside is not None:
             raise StrictFlowError("a task cannot watch the state: it would wait inside SF-LOOP", flow=self.name)

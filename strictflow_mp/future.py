@@ -56,6 +56,8 @@ class TaskFuture(Future[T]):
     has_waiters = False
     runner: object = None
     """Keeps alive what settles it."""
+    is_task = True
+    """Not so for what the library itself asks SF-LOOP, as `flow.stats` does."""
     sent: tuple[Any, ...] = ()
     """The fields of its frame, as long as it may have to be sent again."""
 

@@ -19,7 +19,7 @@ Reason = Callable[[TaskFuture[Any]], StrictFlowError]
 
 
 def gone(attachment: Attachment) -> CoordinatorLost:
-    """What a read is told."""
+    """What a read is told, and whoever asked something."""
     return CoordinatorLost(
         f"the coordinator (pid {attachment.coordinator}) died, and no other has come; the last commit stands, and "
         "the next start under this name goes on from it",
@@ -41,7 +41,9 @@ def settle_all(attachment: Attachment, reason: Reason | None = None) -> None:
         except KeyError:
             return
         assert reason is not None
-        future.settle(error=reason(future).of(attachment.flow))
+        is_question = reason is _not_executed and not future.is_task
+        error = gone(attachment) if is_question else reason(future).of(attachment.flow)
+        future.settle(error=error)
 
 
 def _settle_from_receipts(attachment: Attachment) -> None:

@@ -22,9 +22,6 @@ from .segment import W_TRACE, Segment
 
 __all__ = ["Tracer"]
 
-QUESTION = "question"
-"""The label of what is no task (`client`)."""
-
 
 class Tracer:
     """What one attachment tells."""
@@ -89,7 +86,7 @@ class Tracer:
             yield
         finally:
             ended, part = time.monotonic_ns(), self.part()
-            if part is not None and future.label != QUESTION:
+            if part is not None and future.is_task:
                 about = {"done": future.done_now()}
                 part.write(part.slice("result", f"wait for {future.label}", began, ended, **about))
 
@@ -101,7 +98,6 @@ class Tracer:
             yield
         finally:
             ended, part = time.monotonic_ns(), self.part()
-            names = [(number, name) for number, name in names if name != QUESTION]
             if part is not None and names:
                 name = f"answer {names[0][1]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
                 about = {"tenant": self._tenant, "tasks": [(number, 1) for number, _ in names]}

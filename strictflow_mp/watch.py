@@ -2,6 +2,10 @@
 
 A watch looks at the state itself, and asks the coordinator to be told when there is something to look at. The question
 is sent again to the next coordinator like any other frame without an answer, so no change is lost to a restart.
+
+When the flow has ended, so does a watch in the process that owned it, and in those that descend from that. Others have
+a life of their own (workers of a server, beside `strictflow-mp serve`): there a watch goes on when somebody starts the
+flow again. What it saw last may be of another state then, so all that it watches is told anew.
 """
 
 from __future__ import annotations
@@ -9,17 +13,26 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import CancelledError
-from typing import Any, NamedTuple
+from threading import Event
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .client import Client
-from .errors import FlowNotRunning, StrictFlowError
+from .core import logger
+from .errors import CoordinatorLost, FlowNotRunning, StrictFlowError
 from .future import TaskFuture
-from .segment import Segment
 from .state import decode
 from .store import Route, StoreReader, Version
 from .values import pack_key, unpack_key
 
+if TYPE_CHECKING:
+    from .attachment import Attachment
+
 __all__ = ["Change", "Watch"]
+
+AGAIN = 0.1
+"""Seconds between looks whether a flow that has ended was started again."""
+UNKNOWN = -1
+"""In place of a version that wrote a key: in another state. (No version has that number.)"""
 
 
 class Change(NamedTuple):
@@ -44,36 +57,50 @@ def _version_of(change: Change) -> int:
 class Watch:
     """The changes of some keys, or of all, since the watch was made: ``for`` and ``async for``.
 
-    The latest value of a key is always yielded, intermediate ones may be merged. The iteration ends when the flow is
-    stopped or the watch is closed, and raises `CoordinatorLost` when the coordinator died for good. A watch is one
-    iterator: two loops over it share its changes.
+    The latest value of a key is always yielded, intermediate ones may be merged. A watch is one iterator: two loops
+    over it share its changes.
+
+    The iteration ends when the watch is closed. In the process that owns the flow, and in its descendants, it ends
+    also when the flow is stopped, and raises `CoordinatorLost` when the coordinator died for good. In other processes
+    it goes on when the flow is started again under its name, however late, and yields every key that it watches.
     """
 
     def __init__(self, client: Client, keys: tuple[Any, ...]) -> None:
         self._client = client
-        self._is_closed = False
+        self._closed = Event()
         self._asked: TaskFuture[Any] | None = None
         self._ready: deque[Change] = deque()
-        self._segment: Segment | None = None
         try:
             packed = [pack_key(key) for key in keys]
         except StrictFlowError as error:
             raise error.of(client.name) from None
         self._keys = tuple(packed)
         self._seen: dict[bytes, int] = {}  # the version that wrote what was seen; 0 for a key that was absent
+        self._version = -1  # up to which we have looked
+        self._is_waiting = False  # until the flow is started again
+        self._follow(client.attach())
         self._look()
         self._ready.clear()
+
+    def _follow(self, attachment: Attachment) -> None:
+        """This process is attached: for the first time, or again, perhaps to another state."""
+        self._attachment = attachment
+        self._is_ours = attachment.owner is None or attachment.owner.is_ours()
+        self._routes = [attachment.reader.route(key) for key in self._keys]
 
     # Looking
 
     def _look(self) -> bool:
-        """Collect what has changed; whether anything has, or the flow is another one."""
+        """Collect what has changed; whether anything has."""
         attachment = self._client.attach()
-        if self._segment is None:
-            self._segment = attachment.segment
-            self._routes = [attachment.reader.route(key) for key in self._keys]
-        if attachment.segment is not self._segment:
-            raise FlowNotRunning("it was stopped, and started anew, while it was watched", flow=self._client.name)
+        if attachment is not self._attachment:
+            if attachment.segment.name != self._attachment.segment.name:
+                self._seen = {key: UNKNOWN if birth else 0 for key, birth in self._seen.items()}
+                self._version = -1
+            self._follow(attachment)
+        if self._is_waiting:
+            self._is_waiting = False
+            logger.info("flow %r: %r goes on", self._client.name, self, extra={"flow": self._client.name})
         reader = attachment.reader
         found: list[Change] = []
         version = reader.pin()
@@ -92,7 +119,7 @@ class Watch:
     def _compare(self, found: list[Change], reader: StoreReader, version: Version, route: Route) -> None:
         cell = reader.find(version, route)
         birth = 0 if cell is None else cell.birth
-        if self._seen.get(route.key, -1) == birth:
+        if self._seen.get(route.key, UNKNOWN) == birth:
             return
         self._seen[route.key] = birth
         key = unpack_key(route.key)
@@ -103,8 +130,7 @@ class Watch:
 
     def _compare_all(self, found: list[Change], reader: StoreReader, version: Version) -> None:
         seen = self._seen
-        since = self._version if seen else -1
-        for cell in reader.cells_since(version, since):
+        for cell in reader.cells_since(version, self._version):
             seen[cell.key] = cell.birth
             found.append(Change(cell.birth, unpack_key(cell.key), decode(reader, version, cell)))
         if len(seen) > version.count:
@@ -118,19 +144,39 @@ class Watch:
     def _ask(self) -> TaskFuture[Any]:
         future = self._asked = self._client.watch(self._version, self._keys)
         # Behind that: whoever closes the watch looks for the question afterwards.
-        if self._is_closed:
+        if self._closed.is_set():
             future.cancel()
         return future
+
+    def _part(self, error: StrictFlowError) -> None:
+        """The flow has ended: end with it, or wait until it is started again."""
+        if self._is_waiting:
+            return
+        is_lost = isinstance(error, CoordinatorLost)
+        if not (is_lost or self._attachment.gate.is_stopped()):  # somebody has closed the handle
+            self._closed.set()
+        elif not self._is_ours:
+            self._is_waiting = True
+            name = self._client.name
+            logger.warning("flow %r has ended; %r goes on when it is started again", name, self, extra={"flow": name})
+        elif is_lost:
+            raise error
+        else:
+            self._closed.set()
 
     def __iter__(self) -> Iterator[Change]:
         return self
 
     def __next__(self) -> Change:
-        try:
-            while not self._ready and not self._is_closed and not self._look():
-                self._ask().result()
-        except (FlowNotRunning, CancelledError):
-            self._is_closed = True
+        while not self._ready and not self._closed.is_set():
+            try:
+                if not self._look():
+                    self._ask().result()
+            except (FlowNotRunning, CoordinatorLost) as error:
+                self._part(error)
+                self._closed.wait(AGAIN)
+            except CancelledError:
+                self._closed.set()
         if self._ready:
             return self._ready.popleft()
         raise StopIteration
@@ -143,21 +189,24 @@ class Watch:
 
         # In another thread: when the coordinator has just died, looking and asking wait for the next one.
         run = asyncio.get_running_loop().run_in_executor
-        try:
-            while not self._ready and not self._is_closed and not await run(None, self._look):
-                await (await run(None, self._ask))
-        except FlowNotRunning:
-            self._is_closed = True
-        except asyncio.CancelledError:
-            if not self._is_closed:
-                raise  # we are cancelled, not the question
+        while not self._ready and not self._closed.is_set():
+            try:
+                if not await run(None, self._look):
+                    await (await run(None, self._ask))
+            except (FlowNotRunning, CoordinatorLost) as error:
+                self._part(error)
+                if not self._closed.is_set():
+                    await asyncio.sleep(AGAIN)
+            except asyncio.CancelledError:
+                if not self._closed.is_set():
+                    raise  # we are cancelled, not the question
         if self._ready:
             return self._ready.popleft()
         raise StopAsyncIteration
 
     def close(self) -> None:
         """End the iteration, also one that waits in another thread."""
-        self._is_closed = True
+        self._closed.set()
         asked = self._asked
         if asked is not None and not asked.done_now():
             asked.cancel()

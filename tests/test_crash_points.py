@@ -73,9 +73,9 @@ EVENTS = {
     "stop.closed": "coordinator.Coordinator._remove",
     "stop.unlinked": "coordinator.Coordinator._remove",
     "attach.welcomed": "client.Client.attach",
-    "submit.begun": "client.Client._submit",
-    "submit.sent": "client.Client._submit",
-    "submit.counted": "client.Client._submit",
+    "submit.begun": "client.Client._dispatch",
+    "submit.sent": "client.Client._dispatch",
+    "submit.counted": "client.Client._dispatch",
     "wait.marked": "gate.Gate._lead",
     "pin.stored": "store.pins.Pins._acquire",
     "clean.condemned": "leftovers.remove",
@@ -477,7 +477,7 @@ def begin_to_stop(eventually) -> Callable[[StrictFlow, Callable[[], T]], tuple[T
             submitted = submit()
             stop = threading.Thread(target=flow.stop_loop)
             stop.start()
-            eventually(lambda: any(future.label == "question" for future in list(pending.values())))
+            eventually(lambda: any(not future.is_task for future in list(pending.values())))
         finally:
             os.kill(pid, signal.SIGCONT)
         return submitted, stop
@@ -582,6 +582,7 @@ flow.start_loop()
 flow.put("a", 2).result()
 coordinator = flow.stats().coordinator_pid
 os.kill(coordinator, signal.SIGSTOP)
+os.waitid(os.P_PID, coordinator, os.WSTOPPED | os.WNOWAIT)
 print(coordinator, flush=True)
 signal.pause()
 """

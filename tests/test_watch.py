@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from strictflow_mp import Change, SerializationError, StrictFlow, StrictFlowError, read, write
+from strictflow_mp import Change, CoordinatorLost, SerializationError, StrictFlow, StrictFlowError, read, write
 from strictflow_mp import notices as notices_module
 from strictflow_mp.notices import Notices
 from strictflow_mp.rendezvous import Place
@@ -33,13 +36,13 @@ class Listener:
     def __init__(self, watch):
         self.heard = []
         self.error = None
-        self._watch = watch
+        self.watch = watch
         self._thread = threading.Thread(target=self._listen, daemon=True)
         self._thread.start()
 
     def _listen(self):
         try:
-            for change in self._watch:
+            for change in self.watch:
                 self.heard.append(change)
         except Exception as error:
             self.error = error
@@ -142,6 +145,121 @@ def test_a_watch_ends_when_the_flow_is_stopped(eventually):
         eventually(lambda: listener.values("a") == [1])
     eventually(listener.has_ended)
     assert listener.error is None
+
+
+def test_a_watch_in_a_process_that_descends_from_the_owner_ends_with_the_flow(eventually):
+    def follow():
+        for _ in StrictFlow("stops").watch("a"):
+            pass
+
+    flow = StrictFlow("stops", state={"a": 0})
+    with flow:
+        workers = flow.spawn(follow)
+        eventually(lambda: len(flow.stats().workers) == 2)
+    assert workers.join(PATIENCE)
+    assert workers.exitcodes == [0]
+
+
+def test_a_watch_says_that_the_coordinator_died_for_good(eventually):
+    with StrictFlow("mourned", state={"a": 0}, restart=False) as flow:
+        listener = Listener(flow.watch("a"))
+        eventually(lambda: flow._client.attach().watches)
+        os.kill(Place.of(flow.name).resident().pid, signal.SIGKILL)
+        eventually(listener.has_ended)
+        assert type(listener.error) is CoordinatorLost
+        assert "died, and no other has come; the last commit stands" in str(listener.error)
+
+
+SERVE = """
+import sys
+from strictflow_mp import StrictFlow
+
+with StrictFlow("served", state=eval(sys.argv[1])):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def served(state: dict) -> Iterator[subprocess.Popen]:
+    """A flow that no ancestor of ours owns."""
+    command = [sys.executable, "-c", SERVE, repr(state)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
+        assert owner.stdout.readline() == b"ready\n"
+        yield owner
+
+
+def test_elsewhere_a_watch_goes_on_when_the_flow_is_started_again(eventually):
+    flow = StrictFlow("served")
+    with served({"a": 1, "b": 1}):
+        some, every = Listener(flow.watch("a", "none", "new")), Listener(flow.watch())
+        flow.put("a", 2).result()
+        eventually(lambda: some.values("a") == every.values("a") == [2])
+    assert not flow.is_running
+    with served({"a": 2, "c": 3, "new": 4}):
+        eventually(lambda: some.values("new") and every.values("new"))
+        assert [(change.key, change.value) for change in some.heard[1:]] == [("a", 2), ("new", 4)]
+        told = {change.key: (change.value, change.is_deleted) for change in every.heard[1:]}
+        assert told == {"a": (2, False), "b": (None, True), "c": (3, False), "new": (4, False)}
+        flow.put("a", 5).result()
+        eventually(lambda: some.values("a")[-1:] == every.values("a")[-1:] == [5])
+    for listener in (some, every):
+        assert not listener.has_ended()
+        listener.watch.close()
+        eventually(listener.has_ended)
+        assert listener.error is None
+
+
+def test_elsewhere_a_watch_goes_on_when_owner_and_coordinator_were_killed(eventually):
+    flow = StrictFlow("served")
+    with served({"a": 1}) as owner:
+        listener = Listener(flow.watch())
+        flow.put("a", 2).result()
+        eventually(lambda: listener.values("a") == [2])
+        coordinator = Place.of(flow.name).resident().pid
+        os.kill(coordinator, signal.SIGSTOP)
+        owner.kill()
+        owner.wait()
+        os.kill(coordinator, signal.SIGKILL)
+    with served({"b": 1}):
+        flow.put("a", 3).result()
+        eventually(lambda: listener.values("a")[-1:] == [3])
+    assert listener.values("a") == [2, 3]
+    assert not listener.values("b")
+    listener.watch.close()
+    eventually(listener.has_ended)
+    assert listener.error is None
+
+
+def test_elsewhere_an_async_watch_goes_on_when_the_flow_is_started_again():
+    async def main():
+        flow = StrictFlow("served")
+        with served({"a": 1}):
+            watch = await asyncio.to_thread(flow.watch, "a")
+            listening = asyncio.create_task(anext(aiter(watch), "ended"))
+            while not flow._client.attach().watches:
+                await asyncio.sleep(0.001)
+        with served({"a": 2}):
+            assert (await listening).value == 2
+            listening = asyncio.create_task(anext(aiter(watch), "ended"))
+            while not flow._client.attach().watches:
+                await asyncio.sleep(0.001)
+        while not watch._is_waiting:
+            await asyncio.sleep(0.001)
+        watch.close()
+        assert await listening == "ended"
+
+    asyncio.run(main())
+
+
+def test_closing_the_handle_ends_its_watches(eventually):
+    with served({"a": 1}):
+        flow = StrictFlow("served")
+        listener = Listener(flow.watch("a"))
+        eventually(lambda: flow._client.attach().watches)
+        flow.close()
+        eventually(listener.has_ended)
+        assert listener.error is None
 
 
 def test_a_watch_that_waits_does_not_stand_in_the_way_of_tasks(eventually):
