@@ -6,7 +6,8 @@ import json
 import signal
 import sys
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .core import setup_logging
 from .demo import run as run_demo
 from .errors import StrictFlowError
 from .flow import StrictFlow
+from .glance import glance
 from .leftovers import sweep
 from .plain import plain
 from .readiness import tell
@@ -31,6 +34,9 @@ __all__ = ["group"]
 
 ATTACH = 1.0
 """Seconds in which a flow that is served lets us in."""
+
+PATIENCE = 1.5
+"""Seconds that somebody waits without a word."""
 
 
 if TYPE_CHECKING:
@@ -63,6 +69,28 @@ class Key(ParamType):
         except (StrictFlowError, KeyError):
             return []
         return [CompletionItem(key) for key in keys if key.startswith(incomplete)]
+
+
+@contextmanager
+def _attached(name: str) -> Iterator[StrictFlow]:
+    """A flow; when it lets us wait, we say why."""
+
+    def explain() -> None:
+        try:
+            seen = glance(Place.of(name))
+        except StrictFlowError:
+            return
+        if seen is not None and seen.busy is not None:
+            click.echo(f"strictflow-mp: waiting: SF-LOOP runs a task of process {seen.busy}", err=True)
+
+    patience = threading.Timer(PATIENCE, explain)
+    patience.daemon = True
+    patience.start()
+    try:
+        with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
+            yield flow
+    finally:
+        patience.cancel()
 
 
 def _print(table: Table) -> None:
@@ -125,36 +153,32 @@ def ls_command(as_json: bool) -> None:
     columns = ("name", "status", "pid", "version", "keys", "workers", "bytes")
     table = _table(*columns, right=columns[2:])
     for flow in flows:
-        table.add_row(
-            *(
-                f"{flow[column]:,}" if column in columns[3:] and column in flow else str(flow.get(column, "-"))
-                for column in columns
-            )
-        )
+        figures = (flow.get(column) for column in columns[3:])
+        shown = ("-" if figure is None else f"{figure:,}" for figure in figures)
+        table.add_row(Text(flow["name"]), flow["status"], str(flow["pid"] or "-"), *shown)
     _print(table)
+    for flow in flows:
+        if "error" in flow:
+            click.echo(f"strictflow-mp: {flow['error']}", err=True)
     if any(flow["status"] == "stale" for flow in flows):
         click.echo("`strictflow-mp clean` removes what is stale; starting it under its name goes on from it", err=True)
 
 
 def _entry(place: Place) -> dict[str, Any]:
     resident = place.resident()
-    name = resident.name if resident else place.directory.name
-    entry: dict[str, Any] = {"name": name, "pid": resident.pid if resident else None, "status": "stale"}
-    if place.is_inhabited():
-        entry["status"] = "alive"
-        try:
-            with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
-                stats = flow.stats()
-        except StrictFlowError as error:
-            entry["error"] = str(error)
-            return entry
-        # We are attached too, for this moment.
-        entry |= {
-            "version": stats.version,
-            "keys": stats.keys,
-            "workers": len(stats.workers) - 1,
-            "bytes": stats.bytes_used,
-        }
+    is_alive = place.is_inhabited()
+    entry: dict[str, Any] = {
+        "name": resident.name if resident else place.directory.name,
+        "status": "alive" if is_alive else "stale",
+        "pid": resident.pid if resident else None,
+    }
+    try:
+        seen = glance(place)
+    except StrictFlowError as error:
+        return entry | {"error": str(error)}
+    if seen is not None:
+        workers = len(seen.workers) if is_alive else 0
+        entry |= {"version": seen.version, "keys": seen.keys, "workers": workers, "bytes": seen.bytes}
     return entry
 
 
@@ -174,7 +198,7 @@ def show_command(name: str, key: str | None, as_json: bool) -> int:
 
     KEY is a key as it is printed: 7 or (1, 'a') finds a number or a tuple where there is no such string.
     """
-    with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow, flow.snapshot() as snapshot:
+    with _attached(name) as flow, flow.snapshot() as snapshot:
         if key is not None:
             found = [key] if key in snapshot else [other for other in snapshot if key in (str(other), repr(other))]
             if not found:
@@ -194,7 +218,7 @@ def show_command(name: str, key: str | None, as_json: bool) -> int:
         return 0
     table = _table("key", "type", "bytes", right=("bytes",))
     for key_, kind, size in rows:
-        table.add_row(repr(key_), kind, f"{size:,}")
+        table.add_row(Text(repr(key_)), kind, f"{size:,}")  # no markup
     _print(table)
     return 0
 
@@ -216,8 +240,7 @@ def top_command(name: str, interval: float, once: bool, as_json: bool) -> None:
 
     Latencies are from a task's arrival at the coordinator to its answer, over the last 2,048. q ends it.
     """
-    with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
-        watch(flow, interval=interval, once=once, json_lines=as_json)
+    watch(name, interval=interval, once=once, json_lines=as_json)
 
 
 @group.command(

@@ -93,7 +93,7 @@ def test_top_goes_on_with_the_next_coordinator_and_is_interrupted_with_130(scree
     with flow, screen_of("restarted", "--interval", "0.1") as (read, _, process):
         eventually(lambda: "coordinator" in read())
         os.kill(flow.stats().coordinator_pid, signal.SIGKILL)
-        eventually(lambda: "1 restarts" in read(), timeout=30)
+        eventually(lambda: "restarts: 1" in read(), timeout=30)
         process.send_signal(signal.SIGINT)
         eventually(lambda: process.poll() is not None)
         assert process.returncode == 130
