@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -20,7 +21,7 @@ from rich.text import Text
 from . import __version__
 from .core import setup_logging
 from .demo import run as run_demo
-from .errors import StrictFlowError
+from .errors import FlowNotRunning, StrictFlowError
 from .flow import StrictFlow
 from .glance import glance
 from .leftovers import sweep
@@ -50,6 +51,10 @@ class FlowName(ParamType):
 
     name = "flow"
 
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As it is, unless it is empty."""
+        return value or self.fail("a flow has a name", param, ctx)
+
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The flows of this user on this machine."""
         names = {resident.name for place in places() if (resident := place.resident()) is not None}
@@ -72,6 +77,22 @@ class Key(ParamType):
 
 
 @contextmanager
+def _served(name: str) -> Iterator[None]:
+    """When the flow is not served, say whether its state is still there."""
+    try:
+        yield
+    except FlowNotRunning:
+        place = Place.of(name)
+        if place.is_inhabited() or place.resident() is None:
+            raise
+        raise FlowNotRunning(
+            f"it is dead, and its state is still there: `strictflow-mp serve {shlex.quote(name)}` goes on from it, "
+            "`strictflow-mp clean` removes it",
+            flow=name,
+        ) from None
+
+
+@contextmanager
 def _attached(name: str) -> Iterator[StrictFlow]:
     """A flow; when it lets us wait, we say why."""
 
@@ -87,7 +108,7 @@ def _attached(name: str) -> Iterator[StrictFlow]:
     patience.daemon = True
     patience.start()
     try:
-        with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
+        with _served(name), closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
             yield flow
     finally:
         patience.cancel()
@@ -196,7 +217,8 @@ def _entry(place: Place) -> dict[str, Any]:
 def show_command(name: str, key: str | None, as_json: bool) -> int:
     """Show the keys of a flow with type and size, or the value of one.
 
-    KEY is a key as it is printed: 7 or (1, 'a') finds a number or a tuple where there is no such string.
+    KEY is a key as it is printed: 7 or (1, 'a') finds a number or a tuple where there is no such string;
+    `-- -7` a negative number.
     """
     with _attached(name) as flow, flow.snapshot() as snapshot:
         if key is not None:
@@ -240,7 +262,8 @@ def top_command(name: str, interval: float, once: bool, as_json: bool) -> None:
 
     Latencies are from a task's arrival at the coordinator to its answer, over the last 2,048. q ends it.
     """
-    watch(name, interval=interval, once=once, json_lines=as_json)
+    with _served(name):
+        watch(name, interval=interval, once=once, json_lines=as_json)
 
 
 @group.command(
@@ -266,7 +289,8 @@ def serve_command(
 ) -> int:
     """Run a flow that no application owns: for gunicorn, uvicorn, Celery, systemd.
 
-    Says on stdout when it is ready, and tells systemd (Type=notify). SIGTERM and SIGINT end it, with 0.
+    Says on stdout when it is ready, and tells systemd (Type=notify). SIGTERM, Ctrl-C and the end of
+    the terminal end it, with 0.
     """
     first: Any = {}
     if state is not None:
@@ -280,8 +304,9 @@ def serve_command(
     given: dict[str, Any] = {"capacity": capacity, "max_workers": max_workers}
     flow = StrictFlow(name, state=first, **{option: value for option, value in given.items() if value is not None})
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, and a script's `&`, leave them to us
+            signal.signal(number, lambda *_: ended.set())
     flow.start_loop(recover=not discard)
     click.echo(f"flow {name!r} is ready")
     tell("READY=1")
@@ -307,6 +332,7 @@ def clean_command(as_json: bool) -> None:
         click.echo(json.dumps(entries))
         return
     for directory, resident, objects in removed:
-        click.echo(f"removed flow {repr(resident.name) if resident else directory}: {len(objects)} shared objects")
+        what = f"{len(objects)} shared object{'' if len(objects) == 1 else 's'}"
+        click.echo(f"removed flow {repr(resident.name) if resident else directory}: {what}")
     if not removed:
         click.echo("nothing to remove", err=True)

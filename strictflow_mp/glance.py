@@ -38,7 +38,11 @@ class Glance:
 
     def onto(self, stats: FlowStats) -> FlowStats:
         """Older statistics, brought up to date as far as a glance goes."""
-        return replace(stats, version=self.version, keys=self.keys, workers=self.workers)
+        known = {(worker.pid, worker.slot): worker.state for worker in stats.workers}
+        workers = tuple(
+            replace(worker, state=known.get((worker.pid, worker.slot), worker.state)) for worker in self.workers
+        )
+        return replace(stats, version=self.version, keys=self.keys, workers=workers)
 
 
 def glance(place: Place) -> Glance | None:

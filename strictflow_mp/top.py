@@ -16,7 +16,7 @@ import psutil
 from rich.console import Console, RenderableType
 from rich.live import Live
 
-from .errors import FlowNotRunning, StrictFlowError
+from .errors import CoordinatorLost, FlowNotRunning, StrictFlowError
 from .flow import StrictFlow
 from .glance import Glance, glance
 from .keyboard import CTRL_Z, Keyboard
@@ -74,6 +74,8 @@ class _Looks:
                         raise  # else nobody is let in, for a P1 runs
             stats, at = self._flow.stats(), time.monotonic()
             asked.set_result(Look(replace(stats, workers=_others(stats.workers)), at))
+        except (CoordinatorLost, FlowNotRunning) as error:
+            asked.set_exception(error if self._flow is None else FlowNotRunning("it has ended", flow=self.name))
         except BaseException as error:
             asked.set_exception(error)
 
@@ -81,6 +83,11 @@ class _Looks:
         """What can be seen while nobody answers."""
         seen = glance(self._place)
         return replace(seen, workers=_others(seen.workers)) if seen else None
+
+    @property
+    def is_served(self) -> bool:
+        """Whether somebody is there to answer."""
+        return self._place.is_inhabited()
 
     @property
     def silence(self) -> float:
@@ -138,7 +145,7 @@ def watch(name: str, *, interval: float, once: bool, json_lines: bool) -> None:
             _print_lines(looks, interval, once)
             return
         console = Console(width=None if sys.stdout.isatty() else 120)
-        is_live = console.is_terminal and not once
+        is_live = console.is_terminal and not console.is_dumb_terminal and not once
         pictures = _Pictures(looks, console, is_live)
         dark = pictures.begin()
         if is_live:
@@ -150,6 +157,7 @@ def watch(name: str, *, interval: float, once: bool, json_lines: bool) -> None:
             console.print(dark or pictures.next())
             if once:
                 return
+            console.print()
             dark = None
 
 
@@ -191,7 +199,7 @@ class _Pictures:
 
     def begin(self) -> RenderableType | None:
         """Look for the first time; what to show when nobody answers."""
-        self._before = look = self._looks.next(PATIENCE)
+        self._before = look = self._looks.next(PATIENCE if self._looks.is_served else ATTACH + PATIENCE)
         if look is None:
             return self._dark()
         self._usage.of(look.stats.coordinator_pid, look.stats.workers)

@@ -12,10 +12,12 @@ from datetime import date
 
 import psutil
 import pytest
+from holding import held
 
 from strictflow_mp import StrictFlow
 from strictflow_mp.cli import main
 from strictflow_mp.commands import group
+from strictflow_mp.rendezvous import base_directory
 
 
 @pytest.fixture
@@ -93,6 +95,9 @@ def test_clean_removes_what_a_killed_coordinator_left_and_no_more(served, capsys
         coordinator.kill()
         coordinator.wait(30)
         assert listed() == {"living": "alive", "served": "stale"}
+        for given in (["show", "served"], ["top", "served", "--once"]):
+            assert main(given) == 1
+            assert "`strictflow-mp serve served` goes on from it" in capsys.readouterr().err
         assert main(["clean"]) == 0
         assert "removed flow 'served'" in capsys.readouterr().out
         assert listed() == {"living": "alive"}
@@ -131,6 +136,7 @@ def test_a_wrong_call_exits_with_2_and_says_what_is_wrong(capsys, tmp_path):
         (["serve", "flags", "--state", str(no_object)], "must hold a JSON object"),
         (["serve", "flags", "--state", str(no_json)], "is not JSON"),
         (["serve", "flags", "--log", "loud"], "--log"),
+        (["serve", ""], "a flow has a name"),
     ):
         assert main(given) == 2, given
         assert said in capsys.readouterr().err, given
@@ -188,6 +194,47 @@ def test_serve_tells_the_service_manager(tmp_path):
             process.send_signal(signal.SIGINT)
             assert manager.recv(100) == b"STOPPING=1"
             assert process.wait(30) == 0
+
+
+def test_serve_ends_with_its_terminal_and_leaves_nothing():
+    command = [sys.executable, "-m", "strictflow_mp", "serve", "hung-up", "--log", "error"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
+        assert process.stdout.readline() == "flow 'hung-up' is ready\n"
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(30) == 0
+    assert main(["ls"]) == 0
+
+
+def test_ls_waits_for_nobody_and_show_says_for_whom_it_waits(run_python, eventually, tmp_path):
+    with StrictFlow("busy", state={"a": 1, "[red]b": 2}) as flow:
+        with held(flow):
+            done = run_python("-m", "strictflow_mp", "ls", "--json")
+            (listed,) = json.loads(done.stdout)
+            assert (listed["status"], listed["version"], listed["keys"], listed["workers"]) == ("alive", 1, 2, 1)
+            said = tmp_path / "said"
+            command = [sys.executable, "-m", "strictflow_mp", "show", "busy"]
+            with said.open("w") as stderr:
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            eventually(lambda: f"SF-LOOP runs a task of process {os.getpid()}" in said.read_text())
+        assert "'[red]b'" in process.communicate(timeout=30)[0]
+        assert process.returncode == 0
+
+
+def test_a_damaged_flow_is_listed_with_what_is_wrong(served, capsys):
+    token = json.loads(next(base_directory().glob("served-*/lock")).read_text().partition("\n")[0])["token"]
+    with open(f"/dev/shm/sfmp-{token}", "r+b") as magic:
+        kept = magic.read(8)
+        magic.seek(0)
+        magic.write(bytes(8))
+        magic.flush()
+        assert main(["ls"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines()[1].split()[:2] == ["served", "alive"]
+        assert "is not a StrictFlow segment" in err
+        magic.seek(0)
+        magic.write(kept)
+    served.terminate()
+    assert served.wait(30) == 0
 
 
 def test_serve_ends_when_somebody_else_has_stopped_the_flow():
