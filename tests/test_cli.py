@@ -129,7 +129,7 @@ def test_a_wrong_call_exits_with_2_and_says_what_is_wrong(capsys, tmp_path):
     no_json = tmp_path / "broken.json"
     no_json.write_text("{")
     for given, said in (
-        (["shwo"], "Did you mean 'show'"),
+        (["shwo"], "No such command 'shwo'"),
         (["top"], "Missing argument 'NAME'"),
         (["top", "flags", "--interval", "0"], "--interval"),
         (["serve", "flags", "--state", str(tmp_path / "absent")], "does not exist"),
