@@ -28,13 +28,10 @@ from .leftovers import sweep
 from .plain import plain
 from .readiness import tell
 from .rendezvous import Place, places
-from .top import watch
+from .top import ATTACH, watch
 from .values import describe, unpack_key
 
 __all__ = ["group"]
-
-ATTACH = 1.0
-"""Seconds in which a flow that is served lets us in."""
 
 PATIENCE = 1.5
 """Seconds that somebody waits without a word."""
@@ -180,7 +177,7 @@ def ls_command(as_json: bool) -> None:
     _print(table)
     for flow in flows:
         if "error" in flow:
-            click.echo(f"strictflow-mp: {flow['error']}", err=True)
+            click.echo(f"strictflow-mp: flow {flow['name']!r}: {flow['error']}", err=True)
     if any(flow["status"] == "stale" for flow in flows):
         click.echo("`strictflow-mp clean` removes what is stale; starting it under its name goes on from it", err=True)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from .rendezvous import Place
-from .segment import PREFIX, R_COUNT, RECORD, RING, W_RESTARTS, W_RING, W_VERSION, Segment
+from .segment import PREFIX, R_COUNT, RECORD, RING, W_RING, W_VERSION, Segment
 from .stats import FlowStats, WorkerStats
 from .suspect import suspect_of
 from .words import WORD
@@ -31,7 +31,6 @@ class Glance:
     pid: int
     version: int
     keys: int
-    restarts: int
     bytes: int
     busy: int | None
     workers: tuple[WorkerStats, ...]
@@ -86,7 +85,6 @@ def _of(segment: Segment, pid: int) -> Glance:
         pid=pid,
         version=version,
         keys=words[W_RING + version % RING * RECORD + R_COUNT],
-        restarts=words[W_RESTARTS],
         bytes=segment.words_claimed * WORD,
         busy=next((worker.pid for worker in workers if running and worker.slot == running.slot), None),
         workers=workers,

@@ -117,8 +117,14 @@ def _workers(workers: Collection[WorkerStats], usage: Mapping[int, Usage], width
     return Group(table, Text(f"and {len(workers) - len(listed)} more", style="dim"))
 
 
-def _fill(console: Console, head: Sequence[Text], table: Table | None, workers: Collection[WorkerStats],
-          usage: Mapping[int, Usage], is_live: bool) -> RenderableType:  # fmt: skip
+def _fill(
+    console: Console,
+    head: Sequence[Text],
+    table: Table | None,
+    workers: Collection[WorkerStats],
+    usage: Mapping[int, Usage],
+    is_live: bool,
+) -> RenderableType:
     width = console.width
     above: list[RenderableType] = [*head, Text()]
     taken = sum(len(line.wrap(console, width)) for line in head) + 1

@@ -147,18 +147,10 @@ def watch(name: str, *, interval: float, once: bool, json_lines: bool) -> None:
         console = Console(width=None if sys.stdout.isatty() else 120)
         is_live = console.is_terminal and not console.is_dumb_terminal and not once
         pictures = _Pictures(looks, console, is_live)
-        dark = pictures.begin()
         if is_live:
-            _show(pictures, dark, console, interval)
-            return
-        while True:
-            if not (once and dark):
-                time.sleep(interval)
-            console.print(dark or pictures.next())
-            if once:
-                return
-            console.print()
-            dark = None
+            _show(pictures, console, interval)
+        else:
+            _print(pictures, console, interval, once)
 
 
 def _print_lines(looks: _Looks, interval: float, once: bool) -> None:
@@ -175,10 +167,21 @@ def _print_lines(looks: _Looks, interval: float, once: bool) -> None:
             before = look
 
 
-def _show(pictures: _Pictures, dark: RenderableType | None, console: Console, interval: float) -> None:
-    with Keyboard() as keyboard, Live(console=console, screen=True, auto_refresh=False) as live:
-        if dark is not None:
-            live.update(dark, refresh=True)
+def _print(pictures: _Pictures, console: Console, interval: float, once: bool) -> None:
+    picture = pictures.first()
+    while True:
+        if picture is not None:
+            console.print(picture)
+            if once:
+                return
+            console.print()
+        time.sleep(interval)
+        picture = pictures.next()
+
+
+def _show(pictures: _Pictures, console: Console, interval: float) -> None:
+    picture = pictures.first()
+    with Keyboard() as keyboard, Live(picture, console=console, screen=True, auto_refresh=False) as live:
         while (key := keyboard.wait(interval, "qQ" + CTRL_Z)) not in ("q", "Q"):
             if key == CTRL_Z:
                 live.stop()
@@ -197,9 +200,10 @@ class _Pictures:
         self._is_live = is_live
         self._before: Look | None = None
 
-    def begin(self) -> RenderableType | None:
-        """Look for the first time; what to show when nobody answers."""
-        self._before = look = self._looks.next(PATIENCE if self._looks.is_served else ATTACH + PATIENCE)
+    def first(self) -> RenderableType | None:
+        """Look for the first time: nothing has happened since, so there is only something to show if nobody answers."""
+        # When nobody serves the flow, it is attaching that fails, and says so.
+        self._before = look = self._looks.next(PATIENCE if self._looks.is_served else MINUTE)
         if look is None:
             return self._dark()
         self._usage.of(look.stats.coordinator_pid, look.stats.workers)

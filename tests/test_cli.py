@@ -19,6 +19,14 @@ from strictflow_mp.cli import main
 from strictflow_mp.commands import group
 from strictflow_mp.rendezvous import base_directory
 
+SERVE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background would ignore them
+signal.signal(signal.SIGHUP, signal.{})
+from strictflow_mp.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
 
 @pytest.fixture
 def served(tmp_path):
@@ -186,7 +194,7 @@ def test_serve_tells_the_service_manager(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address)
         manager.settimeout(60)
-        command = [sys.executable, "-m", "strictflow_mp", "serve", "told", "--log", "error"]
+        command = [sys.executable, "-c", SERVE.format("SIG_DFL"), "told", "--log", "error"]
         env = {**os.environ, "NOTIFY_SOCKET": address}
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) as process:
             assert manager.recv(100) == b"READY=1"
@@ -197,12 +205,23 @@ def test_serve_tells_the_service_manager(tmp_path):
 
 
 def test_serve_ends_with_its_terminal_and_leaves_nothing():
-    command = [sys.executable, "-m", "strictflow_mp", "serve", "hung-up", "--log", "error"]
+    command = [sys.executable, "-c", SERVE.format("SIG_DFL"), "hung-up", "--log", "error"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout.readline() == "flow 'hung-up' is ready\n"
         os.killpg(process.pid, signal.SIGHUP)
         assert process.wait(30) == 0
     assert main(["ls"]) == 0
+
+
+def test_serve_under_nohup_outlives_its_terminal():
+    command = [sys.executable, "-c", SERVE.format("SIG_IGN"), "kept", "--log", "error"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "flow 'kept' is ready\n"
+        with open(f"/proc/{process.pid}/status") as status:
+            ignored = next(int(line.split()[1], 16) for line in status if line.startswith("SigIgn:"))
+        assert ignored >> signal.SIGHUP - 1 & 1
+        process.terminate()
+        assert process.wait(30) == 0
 
 
 def test_ls_waits_for_nobody_and_show_says_for_whom_it_waits(run_python, eventually, tmp_path):
@@ -230,6 +249,7 @@ def test_a_damaged_flow_is_listed_with_what_is_wrong(served, capsys):
         assert main(["ls"]) == 0
         out, err = capsys.readouterr()
         assert out.splitlines()[1].split()[:2] == ["served", "alive"]
+        assert "flow 'served': " in err
         assert "is not a StrictFlow segment" in err
         magic.seek(0)
         magic.write(kept)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
 import select
 import signal
+import struct
 import subprocess
 import sys
 import termios
@@ -22,6 +24,13 @@ from strictflow_mp.rates import Rates, rates
 from strictflow_mp.screen import screen
 from strictflow_mp.stats import FlowStats, Latency, WorkerStats
 
+TOP = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background would ignore it
+from strictflow_mp.cli import main
+sys.exit(main(["top", *sys.argv[1:]]))
+"""
+
 
 @pytest.fixture
 def screen_of():
@@ -30,8 +39,8 @@ def screen_of():
     @contextmanager
     def screen_of(*given, columns=100):
         keyboard, terminal = pty.openpty()
-        termios.tcsetwinsize(terminal, (30, columns))
-        command = [sys.executable, "-m", "strictflow_mp", "top", *given]
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 30, columns, 0, 0))
+        command = [sys.executable, "-c", TOP, *given]
         env = {**os.environ, "TERM": "xterm"}
         process = subprocess.Popen(
             command, stdin=terminal, stdout=terminal, stderr=terminal, env=env, start_new_session=True
@@ -57,10 +66,6 @@ def screen_of():
     return screen_of
 
 
-needs_a_terminal = pytest.mark.skipif(not hasattr(termios, "tcsetwinsize"), reason="sizes of terminals: Python 3.11")
-
-
-@needs_a_terminal
 def test_top_shows_what_happens_until_q_is_pressed(screen_of, eventually):
     with StrictFlow("busy", state={"number": 0}) as flow:
         flow.state["number"]
@@ -77,7 +82,6 @@ def test_top_shows_what_happens_until_q_is_pressed(screen_of, eventually):
             assert "\x1b[?1049l" in read()  # the former screen is back
 
 
-@needs_a_terminal
 def test_top_says_when_a_long_task_holds_everything_up_and_when_the_flow_ends(screen_of, eventually):
     flow = StrictFlow("held", state={})
     with flow, screen_of("held", "--interval", "0.1", columns=50) as (read, _, process):
@@ -90,7 +94,6 @@ def test_top_says_when_a_long_task_holds_everything_up_and_when_the_flow_ends(sc
         assert "it has ended" in read()
 
 
-@needs_a_terminal
 def test_top_goes_on_with_the_next_coordinator_and_is_interrupted_with_130(screen_of, eventually):
     flow = StrictFlow("restarted", state={})
     with flow, screen_of("restarted", "--interval", "0.1") as (read, _, process):
@@ -102,7 +105,6 @@ def test_top_goes_on_with_the_next_coordinator_and_is_interrupted_with_130(scree
         assert process.returncode == 130
 
 
-@needs_a_terminal
 def test_top_that_is_let_in_by_nobody_says_whose_task_runs(screen_of, eventually):
     with StrictFlow("shut", state={"a": 1}) as flow:
         flow.state["a"]
@@ -115,11 +117,22 @@ def test_top_that_is_let_in_by_nobody_says_whose_task_runs(screen_of, eventually
             eventually(lambda: process.poll() is not None)
 
 
-@needs_a_terminal
+def test_top_that_is_let_in_by_nobody_ends_without_having_been_in(screen_of, eventually, run_python):
+    with StrictFlow("shut", state={"a": 1}) as flow, held(flow):
+        with screen_of("shut", "--interval", "0.1") as (read, keyboard, process):
+            eventually(lambda: f"runs a task of process {os.getpid()}" in read())
+            os.write(keyboard, b"q")
+            eventually(lambda: process.poll() is not None)
+            assert process.returncode == 0
+        done = run_python("-m", "strictflow_mp", "top", "shut", "--once", timeout=30)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert f"runs a task of process {os.getpid()}" in done.stdout
+
+
 def test_top_leaves_the_screen_for_ctrl_z_and_comes_back(screen_of, eventually):
     with StrictFlow("left", state={}), screen_of("left", "--interval", "0.1") as (read, keyboard, process):
         eventually(lambda: "coordinator" in read())
-        os.write(keyboard, b"?\x1a")  # nobody goes on with a session of its own: there the signal does nothing
+        os.write(keyboard, b"?\x1a")  # a process whose parent is in another session is not stopped: it goes on at once
         eventually(lambda: read().count("\x1b[?1049h") == 2)
         assert read().count("\x1b[?1049l") == 1
         os.write(keyboard, b"q")
