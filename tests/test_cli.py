@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from datetime import date
 
 import psutil
@@ -28,16 +29,25 @@ sys.exit(main(["serve", *sys.argv[1:]]))
 """
 
 
+@contextmanager
+def serving(name, *options, hangup="SIG_DFL", **given):
+    """`strictflow-mp serve`, ready; killed if it still runs in the end."""
+    command = [sys.executable, "-c", SERVE.format(hangup), name, "--log", "error", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **given) as process:
+        try:
+            assert process.stdout.readline() == f"flow {name!r} is ready\n"
+            yield process
+        finally:
+            process.kill()
+
+
 @pytest.fixture
 def served(tmp_path):
-    """`strictflow-mp serve`, ready."""
+    """A flow with a first state."""
     state = tmp_path / "state.json"
     state.write_text('{"flag": true, "limits": {"low": 1}}')
-    command = [sys.executable, "-m", "strictflow_mp", "serve", "served", "--state", str(state), "--log", "error"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "flow 'served' is ready\n"
+    with serving("served", "--state", str(state)) as process:
         yield process
-        process.kill()
 
 
 def test_serve_runs_a_flow_that_others_attach_to_and_ends_on_sigterm_with_0(served):
@@ -194,9 +204,7 @@ def test_serve_tells_the_service_manager(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address)
         manager.settimeout(60)
-        command = [sys.executable, "-c", SERVE.format("SIG_DFL"), "told", "--log", "error"]
-        env = {**os.environ, "NOTIFY_SOCKET": address}
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) as process:
+        with serving("told", env={**os.environ, "NOTIFY_SOCKET": address}) as process:
             assert manager.recv(100) == b"READY=1"
             StrictFlow.attach("told").close()
             process.send_signal(signal.SIGINT)
@@ -205,18 +213,13 @@ def test_serve_tells_the_service_manager(tmp_path):
 
 
 def test_serve_ends_with_its_terminal_and_leaves_nothing():
-    command = [sys.executable, "-c", SERVE.format("SIG_DFL"), "hung-up", "--log", "error"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
-        assert process.stdout.readline() == "flow 'hung-up' is ready\n"
+    with serving("hung-up", start_new_session=True) as process:
         os.killpg(process.pid, signal.SIGHUP)
         assert process.wait(30) == 0
-    assert main(["ls"]) == 0
 
 
 def test_serve_under_nohup_outlives_its_terminal():
-    command = [sys.executable, "-c", SERVE.format("SIG_IGN"), "kept", "--log", "error"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "flow 'kept' is ready\n"
+    with serving("kept", hangup="SIG_IGN") as process:
         with open(f"/proc/{process.pid}/status") as status:
             ignored = next(int(line.split()[1], 16) for line in status if line.startswith("SigIgn:"))
         assert ignored >> signal.SIGHUP - 1 & 1
@@ -258,9 +261,7 @@ def test_a_damaged_flow_is_listed_with_what_is_wrong(served, capsys):
 
 
 def test_serve_ends_when_somebody_else_has_stopped_the_flow():
-    command = [sys.executable, "-m", "strictflow_mp", "serve", "served", "--log", "critical"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "flow 'served' is ready\n"
+    with serving("served", "--log", "critical", stderr=subprocess.PIPE) as process:
         StrictFlow.attach("served").stop_loop()
         assert process.wait(30) == 1
         assert process.stderr.read() == "strictflow-mp: flow 'served' has ended\n"

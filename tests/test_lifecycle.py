@@ -158,6 +158,15 @@ def test_a_task_cannot_stop_its_own_flow():
         assert flow.state["n"] == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_a_terminal_sends_to_all_that_run_in_it_is_not_the_coordinators_business(number):
+    with StrictFlow("foreground", state={"n": 0}) as flow:
+        pid = flow.stats().coordinator_pid
+        os.kill(pid, number)
+        flow.put("n", 1).result()
+        assert (flow.stats().coordinator_pid, flow.stats().restarts) == (pid, 0)
+
+
 def test_sigterm_makes_the_coordinator_finish_what_is_queued_and_leave(eventually):
     with StrictFlow("drained", state={"n": 0}) as flow:
         pid = flow.stats().coordinator_pid

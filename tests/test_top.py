@@ -14,6 +14,7 @@ import sys
 import termios
 from contextlib import contextmanager
 from io import StringIO
+from threading import Thread
 
 import pytest
 from holding import held
@@ -88,6 +89,11 @@ def test_top_says_when_a_long_task_holds_everything_up_and_when_the_flow_ends(sc
         eventually(lambda: "coordinator" in read())
         with held(flow):
             eventually(lambda: "has not answered" in read())
+            reader = Thread(target=len, args=[flow.state])
+            reader.start()
+            eventually(lambda: "1 at the gate" in read())
+            assert str(process.pid) not in read()
+        reader.join()
         flow.stop_loop()
         eventually(lambda: process.poll() is not None)
         assert process.returncode == 1
