@@ -128,6 +128,14 @@ class Client:
             if attachment is not None and not attachment.is_lost and attachment.reader is reader:
                 self._bind(attachment, restarts)
 
+    @property
+    def is_attaching(self) -> bool:
+        """Whether another thread attaches at this moment, or comes back."""
+        is_free = self._attaching.acquire(blocking=False)
+        if is_free:
+            self._attaching.release()
+        return not is_free
+
     def close(self) -> None:
         """Detach. Futures that are still due are lost; a later use attaches again."""
         with self._attaching:

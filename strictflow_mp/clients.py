@@ -34,7 +34,8 @@ def _after_fork() -> None:
 @atexit.register
 def _close_all() -> None:
     for client in list(_clients.values()):
-        client.close()
+        if not client.is_attaching:  # a daemon thread may wait for a minute until it is let in
+            client.close()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
 import threading
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,23 +16,25 @@ import click
 from click.shell_completion import CompletionItem
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .core import setup_logging
 from .demo import run as run_demo
-from .errors import StrictFlowError
+from .errors import FlowNotRunning, StrictFlowError
 from .flow import StrictFlow
+from .glance import glance
 from .leftovers import sweep
 from .plain import plain
 from .readiness import tell
 from .rendezvous import Place, places
-from .top import watch
+from .top import ATTACH, watch
 from .values import describe, unpack_key
 
 __all__ = ["group"]
 
-ATTACH = 1.0
-"""Seconds in which a flow that is served lets us in."""
+PATIENCE = 1.5
+"""Seconds that somebody waits without a word."""
 
 
 if TYPE_CHECKING:
@@ -43,6 +47,10 @@ class FlowName(ParamType):
     """The name of a flow; the shell completes it."""
 
     name = "flow"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """As it is, unless it is empty."""
+        return value or self.fail("a flow has a name", param, ctx)
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """The flows of this user on this machine."""
@@ -63,6 +71,44 @@ class Key(ParamType):
         except (StrictFlowError, KeyError):
             return []
         return [CompletionItem(key) for key in keys if key.startswith(incomplete)]
+
+
+@contextmanager
+def _served(name: str) -> Iterator[None]:
+    """When the flow is not served, say whether its state is still there."""
+    try:
+        yield
+    except FlowNotRunning:
+        place = Place.of(name)
+        if place.is_inhabited() or place.resident() is None:
+            raise
+        raise FlowNotRunning(
+            f"it is dead, and its state is still there: `strictflow-mp serve {shlex.quote(name)}` goes on from it, "
+            "`strictflow-mp clean` removes it",
+            flow=name,
+        ) from None
+
+
+@contextmanager
+def _attached(name: str) -> Iterator[StrictFlow]:
+    """A flow; when it lets us wait, we say why."""
+
+    def explain() -> None:
+        try:
+            seen = glance(Place.of(name))
+        except StrictFlowError:
+            return
+        if seen is not None and seen.busy is not None:
+            click.echo(f"strictflow-mp: waiting: SF-LOOP runs a task of process {seen.busy}", err=True)
+
+    patience = threading.Timer(PATIENCE, explain)
+    patience.daemon = True
+    patience.start()
+    try:
+        with _served(name), closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
+            yield flow
+    finally:
+        patience.cancel()
 
 
 def _print(table: Table) -> None:
@@ -125,36 +171,32 @@ def ls_command(as_json: bool) -> None:
     columns = ("name", "status", "pid", "version", "keys", "workers", "bytes")
     table = _table(*columns, right=columns[2:])
     for flow in flows:
-        table.add_row(
-            *(
-                f"{flow[column]:,}" if column in columns[3:] and column in flow else str(flow.get(column, "-"))
-                for column in columns
-            )
-        )
+        figures = (flow.get(column) for column in columns[3:])
+        shown = ("-" if figure is None else f"{figure:,}" for figure in figures)
+        table.add_row(Text(flow["name"]), flow["status"], str(flow["pid"] or "-"), *shown)
     _print(table)
+    for flow in flows:
+        if "error" in flow:
+            click.echo(f"strictflow-mp: flow {flow['name']!r}: {flow['error']}", err=True)
     if any(flow["status"] == "stale" for flow in flows):
         click.echo("`strictflow-mp clean` removes what is stale; starting it under its name goes on from it", err=True)
 
 
 def _entry(place: Place) -> dict[str, Any]:
     resident = place.resident()
-    name = resident.name if resident else place.directory.name
-    entry: dict[str, Any] = {"name": name, "pid": resident.pid if resident else None, "status": "stale"}
-    if place.is_inhabited():
-        entry["status"] = "alive"
-        try:
-            with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
-                stats = flow.stats()
-        except StrictFlowError as error:
-            entry["error"] = str(error)
-            return entry
-        # We are attached too, for this moment.
-        entry |= {
-            "version": stats.version,
-            "keys": stats.keys,
-            "workers": len(stats.workers) - 1,
-            "bytes": stats.bytes_used,
-        }
+    is_alive = place.is_inhabited()
+    entry: dict[str, Any] = {
+        "name": resident.name if resident else place.directory.name,
+        "status": "alive" if is_alive else "stale",
+        "pid": resident.pid if resident else None,
+    }
+    try:
+        seen = glance(place)
+    except StrictFlowError as error:
+        return entry | {"error": str(error)}
+    if seen is not None:
+        workers = len(seen.workers) if is_alive else 0
+        entry |= {"version": seen.version, "keys": seen.keys, "workers": workers, "bytes": seen.bytes}
     return entry
 
 
@@ -172,9 +214,10 @@ def _entry(place: Place) -> dict[str, Any]:
 def show_command(name: str, key: str | None, as_json: bool) -> int:
     """Show the keys of a flow with type and size, or the value of one.
 
-    KEY is a key as it is printed: 7 or (1, 'a') finds a number or a tuple where there is no such string.
+    KEY is a key as it is printed: 7 or (1, 'a') finds a number or a tuple where there is no such string;
+    `-- -7` a negative number.
     """
-    with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow, flow.snapshot() as snapshot:
+    with _attached(name) as flow, flow.snapshot() as snapshot:
         if key is not None:
             found = [key] if key in snapshot else [other for other in snapshot if key in (str(other), repr(other))]
             if not found:
@@ -194,7 +237,7 @@ def show_command(name: str, key: str | None, as_json: bool) -> int:
         return 0
     table = _table("key", "type", "bytes", right=("bytes",))
     for key_, kind, size in rows:
-        table.add_row(repr(key_), kind, f"{size:,}")
+        table.add_row(Text(repr(key_)), kind, f"{size:,}")  # no markup
     _print(table)
     return 0
 
@@ -216,8 +259,8 @@ def top_command(name: str, interval: float, once: bool, as_json: bool) -> None:
 
     Latencies are from a task's arrival at the coordinator to its answer, over the last 2,048. q ends it.
     """
-    with closing(StrictFlow.attach(name, timeout=ATTACH)) as flow:
-        watch(flow, interval=interval, once=once, json_lines=as_json)
+    with _served(name):
+        watch(name, interval=interval, once=once, json_lines=as_json)
 
 
 @group.command(
@@ -243,7 +286,8 @@ def serve_command(
 ) -> int:
     """Run a flow that no application owns: for gunicorn, uvicorn, Celery, systemd.
 
-    Says on stdout when it is ready, and tells systemd (Type=notify). SIGTERM and SIGINT end it, with 0.
+    Says on stdout when it is ready, and tells systemd (Type=notify). SIGTERM, Ctrl-C and the end of
+    the terminal end it, with 0.
     """
     first: Any = {}
     if state is not None:
@@ -257,8 +301,9 @@ def serve_command(
     given: dict[str, Any] = {"capacity": capacity, "max_workers": max_workers}
     flow = StrictFlow(name, state=first, **{option: value for option, value in given.items() if value is not None})
     ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, and a script's `&`, leave them to us
+            signal.signal(number, lambda *_: ended.set())
     flow.start_loop(recover=not discard)
     click.echo(f"flow {name!r} is ready")
     tell("READY=1")
@@ -284,6 +329,7 @@ def clean_command(as_json: bool) -> None:
         click.echo(json.dumps(entries))
         return
     for directory, resident, objects in removed:
-        click.echo(f"removed flow {repr(resident.name) if resident else directory}: {len(objects)} shared objects")
+        what = f"{len(objects)} shared object{'' if len(objects) == 1 else 's'}"
+        click.echo(f"removed flow {repr(resident.name) if resident else directory}: {what}")
     if not removed:
         click.echo("nothing to remove", err=True)

@@ -65,7 +65,8 @@ def main(message: dict[str, Any]) -> None:
     """
     current_process().name = "SF-LOOP"
     serve(message["name"])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):  # a terminal sends them to all that run in it
+        signal.signal(number, signal.SIG_IGN)
     let_interrupts_in()  # for the children of tasks; here they are ignored
     if message["log_level"] is not None:
         setup_logging(message["log_level"])

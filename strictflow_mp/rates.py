@@ -26,13 +26,14 @@ class Rates:
 def rates(before: FlowStats, now: FlowStats, seconds: float) -> Rates:
     """What happened in the *seconds* from one look to the next.
 
-    A coordinator that has taken over counts its tasks from 0.
+    A coordinator that has taken over counts its tasks from 0; commits and waits are counted in shared memory.
     """
     is_new = before.coordinator_pid != now.coordinator_pid or before.restarts != now.restarts
-    seconds = max(min(seconds, now.uptime) if is_new else seconds, 1e-3)
+    seconds = max(seconds, 1e-3)
+    counted = max(min(seconds, now.uptime), 1e-3) if is_new else seconds
 
     def rise(former: int, latter: int) -> float:
-        return max(latter - (0 if is_new else former), 0) / seconds
+        return max(latter - (0 if is_new else former), 0) / counted
 
     known = {(worker.pid, worker.slot): worker for worker in before.workers}
     waits, waited = 0, 0.0

@@ -3,7 +3,7 @@
 Owns: the shared memory object ``sfmp-<token>``. The coordinator creates and unlinks it; everybody else
     opens it by name.
 Written by: see the table; every word has one writer.
-Read by: every attached process.
+Read by: every attached process; the header and the slots' words also by who only looks (`glance`).
 Order: the coordinator fills the header before it answers the first handshake, so nobody opens half of one.
 If we die here: a segment without its magic word is nobody's; ``strictflow-mp clean`` removes it.
 

@@ -27,7 +27,8 @@ class Latency:
 class WorkerStats:
     """One attached process. `cpu` is a percentage of one core since its start, `rss` bytes.
 
-    `state` is "attached", or "leaving" while its end is not proved yet. `cpu` and `rss` are None when the
+    `state` is "attached"; "away" when it was attached to a coordinator that died, and has had no reason yet to come to
+    the next; or "leaving" while its end is not proved yet. `cpu` and `rss` are None when the
     process cannot be seen. `waits` and `waited` (seconds) are those of its gated reads; `is_waiting` says whether one
     sleeps at the gate now.
     """

@@ -2,7 +2,7 @@
 
 Owns: the words SUSPECT and DEADLINE.
 Written by: the coordinator: SUSPECT ahead of each task and 0 behind it, DEADLINE around a task that has a time limit.
-Read by: the next coordinator when it takes over.
+Read by: the next coordinator when it takes over; `glance`, to tell people whose task runs.
 If we die here: that is the point. A task that was running is not tried again: it may be what killed us. It
     cannot be committed: the store of 0 comes ahead of the commit (both are ours, so their order is the program's).
 
@@ -27,7 +27,7 @@ _SEQ = (1 << SLOT_SHIFT) - 1
 
 
 class Suspect(NamedTuple):
-    """What a dead coordinator was doing."""
+    """What a coordinator is doing, or was when it died."""
 
     slot: int
     seq: int
@@ -41,7 +41,7 @@ def loading_seq(number: int) -> int:
 
 
 def suspect_of(segment: Segment) -> Suspect | None:
-    """What the dead coordinator of a segment was doing; None when it ran no task of another process."""
+    """What the coordinator of a segment is or was doing; None when that is no task of another process."""
     word, deadline = segment.words[W_SUSPECT], segment.words[W_DEADLINE]
     slot = (word & ~LOADING) >> SLOT_SHIFT
     if not 0 < slot < segment.slots:

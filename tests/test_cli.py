@@ -8,26 +8,46 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from datetime import date
 
 import psutil
 import pytest
+from holding import held
 
 from strictflow_mp import StrictFlow
 from strictflow_mp.cli import main
 from strictflow_mp.commands import group
+from strictflow_mp.rendezvous import base_directory
+
+SERVE = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background would ignore them
+signal.signal(signal.SIGHUP, signal.{})
+from strictflow_mp.cli import main
+sys.exit(main(["serve", *sys.argv[1:]]))
+"""
+
+
+@contextmanager
+def serving(name, *options, hangup="SIG_DFL", **given):
+    """`strictflow-mp serve`, ready; killed if it still runs in the end."""
+    command = [sys.executable, "-c", SERVE.format(hangup), name, "--log", "error", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **given) as process:
+        try:
+            assert process.stdout.readline() == f"flow {name!r} is ready\n"
+            yield process
+        finally:
+            process.kill()
 
 
 @pytest.fixture
 def served(tmp_path):
-    """`strictflow-mp serve`, ready."""
+    """A flow with a first state."""
     state = tmp_path / "state.json"
     state.write_text('{"flag": true, "limits": {"low": 1}}')
-    command = [sys.executable, "-m", "strictflow_mp", "serve", "served", "--state", str(state), "--log", "error"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "flow 'served' is ready\n"
+    with serving("served", "--state", str(state)) as process:
         yield process
-        process.kill()
 
 
 def test_serve_runs_a_flow_that_others_attach_to_and_ends_on_sigterm_with_0(served):
@@ -93,6 +113,9 @@ def test_clean_removes_what_a_killed_coordinator_left_and_no_more(served, capsys
         coordinator.kill()
         coordinator.wait(30)
         assert listed() == {"living": "alive", "served": "stale"}
+        for given in (["show", "served"], ["top", "served", "--once"]):
+            assert main(given) == 1
+            assert "`strictflow-mp serve served` goes on from it" in capsys.readouterr().err
         assert main(["clean"]) == 0
         assert "removed flow 'served'" in capsys.readouterr().out
         assert listed() == {"living": "alive"}
@@ -124,13 +147,14 @@ def test_a_wrong_call_exits_with_2_and_says_what_is_wrong(capsys, tmp_path):
     no_json = tmp_path / "broken.json"
     no_json.write_text("{")
     for given, said in (
-        (["shwo"], "Did you mean 'show'"),
+        (["shwo"], "No such command 'shwo'"),
         (["top"], "Missing argument 'NAME'"),
         (["top", "flags", "--interval", "0"], "--interval"),
         (["serve", "flags", "--state", str(tmp_path / "absent")], "does not exist"),
         (["serve", "flags", "--state", str(no_object)], "must hold a JSON object"),
         (["serve", "flags", "--state", str(no_json)], "is not JSON"),
         (["serve", "flags", "--log", "loud"], "--log"),
+        (["serve", ""], "a flow has a name"),
     ):
         assert main(given) == 2, given
         assert said in capsys.readouterr().err, given
@@ -180,9 +204,7 @@ def test_serve_tells_the_service_manager(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
         manager.bind(address)
         manager.settimeout(60)
-        command = [sys.executable, "-m", "strictflow_mp", "serve", "told", "--log", "error"]
-        env = {**os.environ, "NOTIFY_SOCKET": address}
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, env=env) as process:
+        with serving("told", env={**os.environ, "NOTIFY_SOCKET": address}) as process:
             assert manager.recv(100) == b"READY=1"
             StrictFlow.attach("told").close()
             process.send_signal(signal.SIGINT)
@@ -190,10 +212,56 @@ def test_serve_tells_the_service_manager(tmp_path):
             assert process.wait(30) == 0
 
 
+def test_serve_ends_with_its_terminal_and_leaves_nothing():
+    with serving("hung-up", start_new_session=True) as process:
+        os.killpg(process.pid, signal.SIGHUP)
+        assert process.wait(30) == 0
+
+
+def test_serve_under_nohup_outlives_its_terminal():
+    with serving("kept", hangup="SIG_IGN") as process:
+        with open(f"/proc/{process.pid}/status") as status:
+            ignored = next(int(line.split()[1], 16) for line in status if line.startswith("SigIgn:"))
+        assert ignored >> signal.SIGHUP - 1 & 1
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+def test_ls_waits_for_nobody_and_show_says_for_whom_it_waits(run_python, eventually, tmp_path):
+    with StrictFlow("busy", state={"a": 1, "[red]b": 2}) as flow:
+        with held(flow):
+            done = run_python("-m", "strictflow_mp", "ls", "--json")
+            (listed,) = json.loads(done.stdout)
+            assert (listed["status"], listed["version"], listed["keys"], listed["workers"]) == ("alive", 1, 2, 1)
+            said = tmp_path / "said"
+            command = [sys.executable, "-m", "strictflow_mp", "show", "busy"]
+            with said.open("w") as stderr:
+                process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
+            eventually(lambda: f"SF-LOOP runs a task of process {os.getpid()}" in said.read_text())
+        assert "'[red]b'" in process.communicate(timeout=30)[0]
+        assert process.returncode == 0
+
+
+def test_a_damaged_flow_is_listed_with_what_is_wrong(served, capsys):
+    token = json.loads(next(base_directory().glob("served-*/lock")).read_text().partition("\n")[0])["token"]
+    with open(f"/dev/shm/sfmp-{token}", "r+b") as magic:
+        kept = magic.read(8)
+        magic.seek(0)
+        magic.write(bytes(8))
+        magic.flush()
+        assert main(["ls"]) == 0
+        out, err = capsys.readouterr()
+        assert out.splitlines()[1].split()[:2] == ["served", "alive"]
+        assert "flow 'served': " in err
+        assert "is not a StrictFlow segment" in err
+        magic.seek(0)
+        magic.write(kept)
+    served.terminate()
+    assert served.wait(30) == 0
+
+
 def test_serve_ends_when_somebody_else_has_stopped_the_flow():
-    command = [sys.executable, "-m", "strictflow_mp", "serve", "served", "--log", "critical"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "flow 'served' is ready\n"
+    with serving("served", "--log", "critical", stderr=subprocess.PIPE) as process:
         StrictFlow.attach("served").stop_loop()
         assert process.wait(30) == 1
         assert process.stderr.read() == "strictflow-mp: flow 'served' has ended\n"

@@ -137,11 +137,34 @@ def test_a_stop_that_takes_too_long_kills_the_task_and_leaves_nothing():
             assert isinstance(future.exception(), StrictFlowError)
 
 
+def test_a_process_ends_while_a_thread_of_it_waits_until_it_is_let_in(run_python):
+    code = """
+        import threading
+        from strictflow_mp import StrictFlow
+        flow = StrictFlow("shut")
+        threading.Thread(target=flow.stats, daemon=True).start()
+        while not flow._client.is_attaching:
+            pass
+    """
+    with StrictFlow("shut", state={}) as flow, held(flow):
+        done = run_python(code, timeout=30)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_task_cannot_stop_its_own_flow():
     with StrictFlow(state={"n": 0}) as flow:
         with pytest.raises(StrictFlowError, match="own flow"):
             write(flow)(flow.stop_loop)().result()
         assert flow.state["n"] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_what_a_terminal_sends_to_all_that_run_in_it_is_not_the_coordinators_business(number):
+    with StrictFlow("foreground", state={"n": 0}) as flow:
+        pid = flow.stats().coordinator_pid
+        os.kill(pid, number)
+        flow.put("n", 1).result()
+        assert (flow.stats().coordinator_pid, flow.stats().restarts) == (pid, 0)
 
 
 def test_sigterm_makes_the_coordinator_finish_what_is_queued_and_leave(eventually):
