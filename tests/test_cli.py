@@ -18,7 +18,7 @@ from holding import held
 from strictflow_mp import StrictFlow
 from strictflow_mp.cli import main
 from strictflow_mp.commands import group
-from strictflow_mp.rendezvous import base_directory
+from strictflow_mp.rendezvous import Place, base_directory
 
 SERVE = """
 import signal, sys
@@ -265,3 +265,20 @@ def test_serve_ends_when_somebody_else_has_stopped_the_flow():
         StrictFlow.attach("served").stop_loop()
         assert process.wait(30) == 1
         assert process.stderr.read() == "strictflow-mp: flow 'served' has ended\n"
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGINT", "serve alone is killed", "both are killed"])
+def test_only_a_kill_of_serve_and_its_coordinator_leaves_the_state_to_the_next(served, end, eventually):
+    flow = StrictFlow.attach("served")
+    flow.state["flag"] = False
+    coordinator = psutil.Process(flow.stats().coordinator_pid)
+    if end == "both are killed":
+        coordinator.suspend()  # it would find itself deserted, and clean up
+    flow.close()
+    served.send_signal(getattr(signal, end, signal.SIGKILL))
+    served.wait(30)
+    if end == "both are killed":
+        coordinator.kill()
+    eventually(lambda: not Place.of("served").is_inhabited())
+    with StrictFlow("served", state={"flag": "first"}) as heir:
+        assert heir.state["flag"] == (False if end == "both are killed" else "first")

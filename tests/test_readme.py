@@ -35,6 +35,14 @@ def test_the_quick_start_is_the_example_of_that_name():
     assert ast.dump(ast.parse(quick_start())) == ast.dump(ast.parse(example))
 
 
+def test_the_flags_behind_gunicorn_are_the_example_of_that_name():
+    """`servers/test_gunicorn.py` does with them what the README shows."""
+    [code] = [text for kind, text in BLOCKS if kind == "python" and "def app(" in text]
+    example = ast.parse((ROOT / "examples" / "servers" / "gunicorn_flags.py").read_text())
+    assert ast.dump(ast.parse(code)) == ast.dump(ast.Module(example.body[1:], []))  # but for its docstring
+    assert len(code.splitlines()) <= 20
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_readme_gives_the_command(command):
     shown = [line for kind, text in BLOCKS if kind == "console" for line in text.splitlines()]

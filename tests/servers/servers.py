@@ -10,7 +10,8 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
-EXAMPLES = Path(__file__).parents[2] / "examples" / "servers"
+README = Path(__file__).parents[2] / "README.md"
+EXAMPLES = README.parent / "examples" / "servers"
 PATIENCE = 30.0
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import signal
 import threading
 
 import pytest
+from console import is_shown, typed
 from holding import held
-from servers import EXAMPLES, PATIENCE, pids_that_answer
+from servers import EXAMPLES, PATIENCE, README, pids_that_answer
 
 from strictflow_mp import StrictFlow
 from strictflow_mp.rendezvous import Place
@@ -35,6 +39,33 @@ def _detached(flow):
 def slots(flow):
     """Processes that are attached, beside the coordinator and this one."""
     return {worker.pid for worker in flow.stats().workers} - {os.getpid(), flow.stats().coordinator_pid}
+
+
+def test_the_readme_s_quick_start_shows_what_happens(serve, gunicorn, run_python, tmp_path):
+    section = README.read_text().split("\n## Behind gunicorn\n")[1].split("\n## ")[0]
+    [program] = re.findall(r"^```python\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    [block] = re.findall(r"^```console\n(.*?)^```$", section, re.DOTALL | re.MULTILINE)
+    (tmp_path / "gunicorn_flags.py").write_text(program)
+    asked = 0
+    for command, shown in typed(block):
+        match shlex.split(command.removesuffix("&")):
+            case ["python", "-m", "pip", "install", *_]:
+                pass  # it is here
+            case ["strictflow-mp", "serve", *arguments]:
+                assert is_shown(serve(*arguments).says(), shown)
+            case ["gunicorn", *options, app]:
+                server = gunicorn(app, *options)
+                assert is_shown(server.says(), shown)
+            case ["curl", *method, url]:
+                printed = server.ask(url.removeprefix("localhost:8000"), *method[1:])
+                assert is_shown(json.dumps(printed), shown)
+                asked += 1
+            case ["python", "-c", code]:
+                assert is_shown(run_python(code).stdout, shown)
+            case other:
+                pytest.fail(f"what is {other}?")
+    assert asked == 4
+    assert server.stop() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
