@@ -279,7 +279,7 @@ def top_command(name: str, interval: float, once: bool, as_json: bool) -> None:
     type=click.Choice(["debug", "info", "warning", "error", "critical"], case_sensitive=False),
     default="info",
     show_default=True,
-    help="What is logged to stderr.",
+    help="What is logged, to stdout.",
 )
 def serve_command(
     name: str, state: Path | None, capacity: int | None, max_workers: int | None, discard: bool, log: str
