@@ -220,7 +220,7 @@ class SFLoop:
             self.stop(drain=frame[2])
         elif kind == wire.COUNT:
             wire.check_fields(frame, int)
-            self._queue(session, [Call(session.slot, 0, 1, session, None, b"", {}, frame[1], 0)])
+            self._queue(session, [Call(session.slot, 0, 1, session, None, b"", {}, frame[1], 0)], lowest=0)
         elif kind == wire.ACK:
             wire.check_fields(frame, int)
             self._receipts.acknowledge(session.tenant, frame[1])
@@ -307,12 +307,12 @@ class SFLoop:
             ],
         )
 
-    def _queue(self, session: Session, calls: list[Call]) -> None:
-        """Queue calls that came in one frame."""
+    def _queue(self, session: Session, calls: list[Call], lowest: int = 1) -> None:
+        """Queue calls that came in one frame. Number 0 is that of no task: it is only counted."""
         if not calls:
             return
         first, last = calls[0], calls[-1]
-        if first.number < 0 or last.number >= SEQS:
+        if first.number < lowest or last.number >= SEQS:
             raise ProtocolError(f"no task can be {first.number} in its connection")
         if first.flag < 0 or (first.number and (first.flag == 0) != (first.priority == 2)):
             raise ProtocolError(f"a P{first.priority} task cannot have number {first.flag}")
