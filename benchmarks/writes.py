@@ -7,7 +7,9 @@ import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import repeat
+from socket import socket
 from time import perf_counter
+from typing import Any
 
 from msgpack import packb
 
@@ -49,6 +51,37 @@ def one_by_one(add: Task[..., int]) -> Run:
     return run
 
 
+REQUEST = pack_frame(CALL, 1000, 0, pack(((1,), {})))
+"""What a P1 that adds to a counter sends, without what no reply needs."""
+
+
+def echoed(sock: socket) -> Run:
+    """Send that, and wait until it has come back."""
+    answer = bytearray(len(REQUEST))
+
+    def run(count: int) -> float:
+        began = perf_counter()
+        for _ in repeat(None, count):
+            sock.send(REQUEST)
+            sock.recv_into(answer)
+        return perf_counter() - began
+
+    return run
+
+
+def locked(lock: Any, values: Any) -> Run:
+    """Add to a Manager's counter under its lock."""
+
+    def run(count: int) -> float:
+        began = perf_counter()
+        for _ in repeat(None, count):
+            with lock:
+                values["counter"] = values["counter"] + 1
+        return perf_counter() - began
+
+    return run
+
+
 @figure("P1, submit to result ÷ raw echo of the same bytes", Bound("≤", 1.5))
 def round_trip(size: Size) -> Outcome:
     """One P1 that adds to a counter: submitted, run, committed, answered; the caller waits for the result.
@@ -56,18 +89,8 @@ def round_trip(size: Size) -> Outcome:
     The echo is the floor: the request's bytes go through a socket pair to a process that waits with epoll and
     sends them back. It runs nothing, commits nothing, checks nothing.
     """
-    request = pack_frame(CALL, 1000, 0, pack(((1,), {})))
-    answer = bytearray(len(request))
     with counter() as add, echo() as sock:
-
-        def raw(count: int) -> float:
-            began = perf_counter()
-            for _ in repeat(None, count):
-                sock.send(request)
-                sock.recv_into(answer)
-            return perf_counter() - began
-
-        return compare(one_by_one(add), raw, size, peer_is="echo", note=f"{len(request)} bytes")
+        return compare(one_by_one(add), echoed(sock), size, peer_is="echo", note=f"{len(REQUEST)} bytes")
 
 
 @figure("P1, submit to result ÷ Manager RLock + get + set", Bound("≤", 0.2))
@@ -77,16 +100,15 @@ def against_manager(size: Size) -> Outcome:
     Manager: take its RLock, get, set, release: four messages and their answers. Whoever is killed while
     holding the lock stops everybody.
     """
-    with counter() as add, manager_counter() as (lock, values):
+    with counter() as add, manager_counter() as manager:
+        return compare(one_by_one(add), locked(*manager), size, peer_is="Manager")
 
-        def manager(count: int) -> float:
-            began = perf_counter()
-            for _ in repeat(None, count):
-                with lock:
-                    values["counter"] = values["counter"] + 1
-            return perf_counter() - began
 
-        return compare(one_by_one(add), manager, size, peer_is="Manager")
+@figure("raw echo of the same bytes ÷ Manager RLock + get + set")
+def echo_against_manager(size: Size) -> Outcome:
+    """The floor of `against_manager`: whatever asks another process takes an echo at least."""
+    with echo() as sock, manager_counter() as manager:
+        return compare(echoed(sock), locked(*manager), size, peer_is="Manager")
 
 
 @figure("pipelined P1 a second ÷ Redis pipelined INCR a second", Bound("≥", 1.2))
