@@ -149,13 +149,15 @@ def test_a_watch_ends_when_the_flow_is_stopped(eventually):
 
 def test_a_watch_in_a_process_that_descends_from_the_owner_ends_with_the_flow(eventually):
     def follow():
-        for _ in StrictFlow("stops").watch("a"):
-            pass
+        with StrictFlow("stops").watch("a") as watch:
+            StrictFlow("stops").put("ready", True)
+            for _ in watch:
+                pass
 
     flow = StrictFlow("stops", state={"a": 0})
     with flow:
         workers = flow.spawn(follow)
-        eventually(lambda: len(flow.stats().workers) == 2)
+        eventually(lambda: "ready" in flow.state)
     assert workers.join(PATIENCE)
     assert workers.exitcodes == [0]
 
