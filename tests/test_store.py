@@ -504,6 +504,30 @@ def test_a_cell_leads_to_the_one_that_came_in_its_place(new_store, end):
         assert followed == (now[3], now[1], now[2])
 
 
+def test_no_cell_leads_to_what_a_dead_writer_was_about_to_put_in_its_place(new_store, monkeypatch):
+    store = new_store()
+    words, reader = store.segment.words, store.reader
+    payloads = {b"%d" % number: b"%d" % number * number for number in range(40)}
+    store.writer.publish(payloads)
+    places = {key: reader.get(reader.route(key))[3] for key in payloads}
+
+    def die(event: str) -> None:
+        if event.endswith("commit.linked"):
+            raise Died
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "audit", die)
+        with pytest.raises(Died):
+            store.writer.publish({key: None if len(key) == 1 else b"never" for key in payloads})
+    assert all(words[place + NEXT] for place in places.values())
+    heir = store.another_writer()
+    for place in places.values():
+        assert reader.follow(words[W_VERSION], place, heir.version) == (place, 0, None)
+    assert store.items() == payloads
+    heir.publish({b"20": b"now"})
+    assert reader.follow(words[W_VERSION], places[b"20"], heir.version - 1)[1:] == (heir.version, b"now")
+
+
 @pytest.mark.usefixtures("reuse_at_once", "hashing")
 def test_a_read_that_is_overtaken_at_every_load_still_ends(new_store):
     store = new_store()

@@ -91,6 +91,19 @@ def test_a_failed_task_undoes_nothing_of_its_neighbours(flow):
     assert flow.state["nested"]["list"][2:] == [10, 11, 13, 14, 16, 17, 19]
 
 
+def test_what_a_keyed_task_had_done_to_its_value_when_it_failed_is_not_seen_by_the_next_of_its_burst(flow):
+    @write(flow, key="nested")
+    def append(value, item, *, fails=False):
+        value["list"].append(item)
+        if fails:
+            raise LookupError(item)
+        return value
+
+    with held(flow):
+        append("first"), append("failed", fails=True), append("last")
+    assert flow.state["nested"]["list"][2:] == ["first", "last"]
+
+
 def test_what_a_task_kept_for_itself_changes_nothing_later(flow):
     kept = []
 
