@@ -30,7 +30,6 @@ class Answers:
         self._fail = fail
         self.unsealed: list[Call] = []
         self._sealing: list[Call] = []
-        self._written: list[tuple[int, int, int, int, bytes]] = []
         self._frames: list[tuple[Session, bytes]] = []
         self.notices: Notices[Session] = Notices()
         self._sealed_frames = 0  # of `_frames`, those that were there before the last seal
@@ -53,7 +52,6 @@ class Answers:
         """Write receipts for what was added: they are in the next commit."""
         calls = self._sealing = self.unsealed
         self.unsealed = []
-        self._written = []
         self._sealed_frames = len(self._frames)
         position, end = 0, len(calls)
         while position < end:
@@ -81,14 +79,13 @@ class Answers:
             self._frames.append((session, frame))
             # A process that is dead will not ask.
             if not (session.is_dead or session.said_goodbye):
-                receipt = (session.tenant, first.flag, first.number, position - start, frame)
-                self._receipts.add(receipt)
-                self._written.append(receipt)
+                self._receipts.add((session.tenant, first.flag, first.number, position - start, frame))
 
     def revoke(self, reason: StateFull) -> None:
-        """The commit has failed: nothing that was sealed for it is so, and whose changes it held has failed."""
-        for receipt in self._written:
-            self._receipts.take_back(receipt)
+        """The commit has failed: nothing that was sealed for it is so, and whose changes it held has failed.
+
+        The receipts stay until the same tasks are sealed again: then others, of the same seqs, come in their place.
+        """
         del self._frames[self._sealed_frames :]
         self.unsealed = self._sealing + self.unsealed
         for call in self.unsealed:

@@ -144,20 +144,12 @@ class Receipts:
         self._former = blocks
 
     def add(self, receipt: Fields) -> None:
-        """Tasks have been answered; their receipt is in the next commit."""
+        """Tasks have been answered; their receipt is in the next commit, in place of a former one of that last seq."""
         tenant, number, seq, tasks, answer = receipt
         due = self._recent.get(tenant)
         if due is None:
             due = self._recent[tenant] = {}
         due[seq + tasks - 1] = _head.pack(tenant, number, seq, tasks, len(answer)) + answer
-
-    def take_back(self, receipt: Fields) -> None:
-        """The commit has failed: what was added for it is not so."""
-        tenant, _, seq, tasks, _ = receipt
-        due = self._recent[tenant]
-        del due[seq + tasks - 1]
-        if not due:
-            del self._recent[tenant]
 
     def acknowledge(self, tenant: int, seq: int) -> None:
         """A process has the answers of its P1 tasks up to *seq*."""
