@@ -157,9 +157,8 @@ def test_a_submit_that_is_interrupted_at_any_line_leaves_the_connection_as_it_wa
         was_struck = struck(line, lambda line=line: SUBMITS[kind](flow, line))
         assert note(-line).result(60) == -line
         assert flow._client.attach() is attachment
-        flow.stats()  # behind whatever was submitted
-        assert attachment.room == room
-        assert attachment.acked == attachment.last - 1
+        eventually(lambda: flow.stats() and attachment.room == room)  # the answer to a P2 may come late
+        assert not attachment.unread
         if not was_struck:
             break
     assert line > 20
