@@ -49,12 +49,12 @@ class StrictFlow:
         name: the flow's name on this machine, for this user. Without one the flow can only be reached through
             this handle and its copies.
         state: the first state, committed as version 1 by `start_loop`.
-        capacity: bytes that the state may take. Claimed as they are needed.
-        max_workers: processes that may be attached at a time.
-        max_pending: tasks that a process may have outstanding; then its next submit waits.
+        capacity: bytes that the state may take (1 GiB). Claimed as they are needed.
+        max_workers: processes that may be attached at a time (64).
+        max_pending: tasks that a process may have outstanding (4,096); then its next submit waits.
         task_timeout: seconds that a task may run, unless it says otherwise. None: for ever.
         restart: whether this process starts the coordinator again when it has died, on the same state.
-        cache_bytes: bytes of decoded values that each process keeps.
+        cache_bytes: bytes of decoded values that each process keeps (64 MiB).
     """
 
     state: TypedState
@@ -120,8 +120,8 @@ class StrictFlow:
         """A handle on a flow that is running.
 
         Args:
-            timeout: seconds to wait for it to appear. While a P1 task runs in it nobody is let in: that is waited for,
-                too, for a minute at most.
+            timeout: seconds to wait for it to appear (5). While a P1 task runs in it nobody is let in: that is waited
+                for, too, for a minute at most.
 
         Raises:
             FlowNotRunning: it did not appear, or let nobody in.
