@@ -42,7 +42,10 @@ def script(code, *args):
 
 
 def has_ended(pid):
-    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def test_start_and_stop_are_idempotent_and_every_start_begins_anew():
