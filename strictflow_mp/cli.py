@@ -15,11 +15,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return its exit code: 0 done, 1 failed, 2 called wrongly, 130 interrupted."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(given)
-    except ModuleNotFoundError as missing:
-        if missing.name is None or missing.name.partition(".")[0] not in NEEDED:
-            raise
-        return _run_without(given, missing.name)
+        try:
+            return _run(given)
+        except ModuleNotFoundError as missing:
+            if missing.name is None or missing.name.partition(".")[0] not in NEEDED:
+                raise
+            return _run_without(given, missing.name)
     except KeyboardInterrupt:
         return 130
 

@@ -282,3 +282,16 @@ def test_only_a_kill_of_serve_and_its_coordinator_leaves_the_state_to_the_next(s
     eventually(lambda: not Place.of("served").is_inhabited())
     with StrictFlow("served", state={"flag": "first"}) as heir:
         assert heir.state["flag"] == (False if end == "both are killed" else "first")
+
+
+@pytest.mark.parametrize("missing", [[], ["click", "rich"]])
+def test_an_interrupted_command_ends_with_130_and_no_traceback(run_python, missing):
+    done = run_python(
+        cut_off(*missing) + "import strictflow_mp.demo as demo, signal\n"
+        "demo.run = lambda *_, **__: signal.raise_signal(signal.SIGINT)\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from strictflow_mp.cli import main\n"
+        "sys.exit(main(['demo']))"
+    )
+    assert done.returncode == 130
+    assert "Traceback" not in done.stderr
