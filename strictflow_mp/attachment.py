@@ -146,8 +146,7 @@ class Attachment:
             elif kind == wire.CANCELLED:
                 future.settle_cancelled()
             future.sent = ()
-            pending.pop(number, None)
-            self.watches.discard(number)
+            self.forget((number,))
         while unread and unread[0] not in pending:
             self.acked = unread.popleft()
         return is_long and self.acked >= number
