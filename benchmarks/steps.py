@@ -21,9 +21,10 @@ from strictflow_mp.gate import GateKeeper
 from strictflow_mp.jobs import Call, Function
 from strictflow_mp.processes import Identity
 from strictflow_mp.segment import W_VERSION, Segment
-from strictflow_mp.store import Pins, StoreReader, StoreWriter
+from strictflow_mp.store import Pins, StoreReader, StoreWriter, shape
 from strictflow_mp.transaction import Burst, Transaction
 from strictflow_mp.values import pack, pack_key, unpack, unpack_frozen
+from strictflow_mp.words import WORD
 
 from .reads import VALUE
 from .writes import increment
@@ -100,14 +101,17 @@ class Bench:
         yield "walk, checks, copy, horizon", lambda: self.reader.get(route)
         found = self.reader.get(route)
         assert found is not None
-        since, _, _, place = found
+        since, _, _, place, lengths = found
         version = since + 1
         self.writer.publish({self.names[0]: pack(VALUE)})
-        yield "from a cell that is known to the one in its place", lambda: self.reader.follow(version, place, since)
         found = self.reader.get(route)
         assert found is not None
-        latest = found[3]
-        yield "the same, when it is the last", lambda: self.reader.follow(version, latest, version)
+        take, buffer, start = shape(lengths), self.reader.buffer, found[3] * WORD
+        yield "a cell of known lengths, taken apart", lambda: take(buffer, start)
+        yield (
+            "from a cell that is known to the one in its place, whatever its lengths",
+            lambda: self.reader.follow(version, place, since, lengths),
+        )
         yield "decode, read-only", lambda: unpack_frozen(payload)
         yield "decode, plain (what LMDB's user does)", lambda: unpack(payload)
 

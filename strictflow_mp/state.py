@@ -16,9 +16,10 @@ from .aside import waits
 from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
 from .keys import TypedMapping, TypedState
-from .segment import SERVING, W_RESTARTS, W_STATUS, W_VERSION, Segment
-from .store import Cell, Found, Route, StoreReader, Version
+from .segment import SERVING, W_HORIZON, W_RESTARTS, W_STATUS, W_VERSION, Segment
+from .store import ARRAYS, NEXT, STRAYED, Cell, Found, Route, StoreReader, Take, Version, shape
 from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
+from .words import WEAK, WORD
 
 if TYPE_CHECKING:
     from .keys import Key, PlainKey
@@ -192,10 +193,10 @@ class Host(Protocol):
         """Commit a ready-made P1 and wait for it."""
 
 
-Entry = tuple[int, Any, int, int, Route, int]
+Entry = tuple[int, Any, int, int, Route, int, int, Take]
 """What is known of a key: the version at which it was last looked up, its value, the version that wrote that, the bytes
-that it takes here, its route, and the place of its cell. Replaced whole, never changed: a slower thread's entry is
-merely looked up again."""
+that it takes here, its route, and its cell: place, word of lengths, shape. Replaced whole, never changed: a slower
+thread's entry is merely looked up again."""
 
 
 class _Cache:
@@ -274,17 +275,45 @@ class FlowState(TypedState):
             if entry[0] == version:
                 return entry[1]
             if words[W_RESTARTS] == restarts:
-                followed = reader.follow(version, entry[5], entry[0])
-                if followed is None:
-                    return self._look_up(reader, cache, key, entry[4], entry)
-                place, birth, payload = followed
-                if payload is not None:
-                    return self._renew(cache, key, entry, (version, birth, payload, place))
-                if birth:
-                    return self._read_arrays(reader, key, entry[4])
-                entries[key] = (version, entry[1], entry[2], entry[3], entry[4], place)
-                return entry[1]
+                since, value, birth, size, route, place, lengths, take = entry
+                if WEAK:
+                    return self._follow(reader, cache, key, version, entry, lengths)
+                # As `StoreReader.follow`, spelled out for what happens most: the cell is still the last, or one of the
+                # same lengths is. A call, and what it returns, would take a fifth of the time.
+                following = words[place + NEXT]
+                if following:
+                    try:
+                        birth, found, beyond, payload = take(reader.buffer, (following >> 1) * WORD)
+                    except STRAYED:
+                        return self._follow(reader, cache, key, version, entry, lengths)
+                    if (
+                        found != lengths
+                        or birth > version
+                        or (beyond and birth != version)
+                        or payload[0] == ARRAYS
+                        or words[W_HORIZON] > since
+                    ):
+                        return self._follow(reader, cache, key, version, entry, found)
+                    value = unpack_frozen(payload)
+                    place = following >> 1
+                elif words[W_HORIZON] > since:
+                    return self._look_up(reader, cache, key, route, entry)
+                entries[key] = (version, value, birth, size, route, place, lengths, take)
+                return value
         return self._read(key)
+
+    def _follow(self, reader: StoreReader, cache: _Cache, key: Any, version: int, former: Entry, lengths: int) -> Any:
+        """The value of a key, from what was known of it; the gate has been passed."""
+        found = reader.follow(version, former[5], former[0], lengths)
+        if found is None:
+            return self._look_up(reader, cache, key, former[4], former)
+        _, birth, payload, _, _ = found
+        if payload is not None:
+            return self._renew(cache, key, former[4], former, found)
+        if birth:
+            return self._read_arrays(reader, key, former[4])
+        cache.entries[key] = (version, *former[1:])
+        return former[1]
 
     def _read(self, key: Any) -> Any:
         """As `__getitem__`, without its short cuts."""
@@ -313,28 +342,21 @@ class FlowState(TypedState):
         found = reader.get(route, known)
         if found is None:
             raise KeyError(key)
-        version, birth, payload, place = found
+        version, birth, payload, place, lengths = found
         if payload is not None:
-            if former is not None:
-                return self._renew(cache, key, former, found)
-            value = unpack_frozen(payload)
-            cache.put(key, (version, value, birth, len(payload) + OVERHEAD, route, place), None)
-            return value
+            return self._renew(cache, key, route, former, found)
         if former is None or birth != known:
             return self._read_arrays(reader, key, route)
-        cache.entries[key] = (version, former[1], birth, former[3], route, place)
+        cache.entries[key] = (version, former[1], birth, former[3], route, place, lengths, former[7])
         return former[1]
 
-    def _renew(self, cache: _Cache, key: Any, former: Entry, found: Found) -> Any:
-        """Keep a value in place of the one that was known."""
-        version, birth, payload, place = found
+    def _renew(self, cache: _Cache, key: Any, route: Route, former: Entry | None, found: Found) -> Any:
+        """Keep a value, in place of one that was known."""
+        version, birth, payload, place, lengths = found
         assert payload is not None
         value = unpack_frozen(payload)
         size = len(payload) + OVERHEAD
-        if former[3] == size:
-            cache.entries[key] = (version, value, birth, size, former[4], place)  # nothing to count
-        else:
-            cache.put(key, (version, value, birth, size, former[4], place), former)
+        cache.put(key, (version, value, birth, size, route, place, lengths, shape(lengths)), former)
         return value
 
     def _read_arrays(self, reader: StoreReader, key: Any, route: Route) -> Any:

@@ -3,7 +3,8 @@
 Owns: nothing. It is the only module that turns shared bytes into words; who may write which word is
     said where the word is defined (`segment`), and every word has exactly one writer.
 Order: a word is read and written whole, through ``memoryview.cast("Q")``: CPython moves it with one
-    8-byte copy, which compilers turn into one aligned move, so no reader sees half of one. Between
+    8-byte copy, which compilers turn into one aligned move, so no reader sees half of one (`struct`
+    does the same for each word of a cell, in order). Between
     words, program order holds for load-load, store-store and load-store on x86-64 (TSO), where only
     a store followed by a load of another word may be seen in the other order; `fence()` forbids that.
     On weaker machines (ARM64) any pair may be swapped: there each of these places calls

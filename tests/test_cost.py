@@ -23,7 +23,7 @@ from strictflow_mp.processes import Identity
 from strictflow_mp.segment import Segment
 from strictflow_mp.sessions import Sessions
 from strictflow_mp.state import FlowState
-from strictflow_mp.store import StoreReader, StoreWriter
+from strictflow_mp.store import StoreWriter
 from strictflow_mp.values import pack, pack_key
 from strictflow_mp.wire import Stream
 
@@ -31,7 +31,7 @@ ROUNDS = 12
 TOOL = 4  # of `sys.monitoring`: none that it names for a purpose
 LIMITS = {
     "unchanged_read": 70,
-    "changed_read": 400,
+    "changed_read": 210,
     "submit": 700,
     "result": 870,
     "p1": 3800,
@@ -192,7 +192,7 @@ def lengthen(owner: type, name: str, instructions: int) -> None:
     ("name", "owner", "method"),
     [
         ("unchanged_read", FlowState, "__getitem__"),
-        ("changed_read", StoreReader, "follow"),
+        ("changed_read", FlowState, "__getitem__"),
         ("submit", Client, "call"),
         ("result", TaskFuture, "result"),
         ("commit", StoreWriter, "publish"),

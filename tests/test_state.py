@@ -13,6 +13,7 @@ import pytest
 from holding import has_a_sleeping_reader, held
 
 from strictflow_mp import ReadOnlyState, StrictFlow, StrictFlowError, read, write
+from strictflow_mp.values import pack
 
 FIRST = {"nested": {"list": [1, {"deep": 2}]}, "number": 7, "gone": "soon"}
 
@@ -165,6 +166,19 @@ def test_a_p1_changes_an_array_in_place(flow):
 
     flow.put("array", np.arange(3)).result()
     assert double().result().tolist() == [-1, 2, 4] == flow.state["array"].tolist()
+
+
+def test_an_array_in_the_place_of_bytes_that_took_as_much_room_is_read_where_it_lies():
+    array = np.arange(1000)
+    room = len(pack(array))
+    value = next(bytes(size) for size in range(room) if len(pack(bytes(size))) == room)
+    with StrictFlow(state={"key": value}) as flow:
+        assert flow.state["key"] == value
+        flow.put("key", array).result()
+        found = flow.state["key"]
+        assert np.array_equal(found, array)
+        segment = np.frombuffer(flow._client._attachment.segment.buffer, np.uint8)
+        assert np.shares_memory(found, segment)
 
 
 def test_what_is_kept_of_values_that_were_read_is_bounded_and_always_the_latest():

@@ -10,6 +10,7 @@ import random
 import secrets
 import zlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,14 +23,17 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from watched import Watched, WatchedSegment, nothing
+from watched import Watched, WatchedSegment, nothing, watched_shape
 
 from strictflow_mp import segment as segments
+from strictflow_mp import state as states
 from strictflow_mp.errors import ProtocolError, StateFull, StrictFlowError
 from strictflow_mp.processes import Identity
 from strictflow_mp.segment import RING, W_HORIZON, W_KEY, W_VERSION, Segment
+from strictflow_mp.state import FlowState
 from strictflow_mp.store import Found, PinnedVersions, Pins, StoreReader, StoreWriter, Version, commit
 from strictflow_mp.store import arena as arenas
+from strictflow_mp.store import reader as readers
 from strictflow_mp.store.arena import Arena, block_size
 from strictflow_mp.store.reader import HOPS
 from strictflow_mp.store.trie import CELL_HEAD, FANOUT, KEY_SHIFT, NEXT, NODE, PAYLOAD_MASK, Hash, cell_words, walk
@@ -289,17 +293,17 @@ class StoreMachine(RuleBasedStateMachine):
             assert (found and found[1:3]) == self.state.get(key)
             if found:
                 assert found[0] == self.writer.version
-                assert reader.get(reader.route(key), found[1]) == (self.writer.version, found[1], None, found[3])
+                assert reader.get(reader.route(key), found[1]) == (self.writer.version, found[1], None, *found[3:])
 
     @invariant()
     def whoever_follows_a_cell_finds_the_last_one(self) -> None:
         reader, words = self.readers[1], self.store.segment.words
         for key, found in self.known.items():
-            since, birth, payload, place = found
-            followed = reader.follow(words[W_VERSION], place, since)
+            since, birth, payload, place, lengths = found
+            followed = reader.follow(words[W_VERSION], place, since, lengths)
             event("looked up" if followed is None else "followed")
             if followed is not None:
-                last, born, new = followed
+                _, born, new, last, _ = followed
                 assert self.state[key] == ((birth, payload) if last == place else (born, new))
 
     @invariant()
@@ -412,36 +416,97 @@ def test_whatever_is_committed_between_two_loads_a_read_returns_a_value_of_its_t
     assert again or commits < 12
 
 
-def read_again(reader: StoreReader, words: Any, key: bytes, known: Found | None) -> Found | None:
-    """As `FlowState` reads a key of which it knows *known*."""
-    if known is None:
-        return reader.get(reader.route(key))
-    since, birth, payload, place = known
-    version = words[W_VERSION]
-    followed = reader.follow(version, place, since)
-    if followed is None:
-        return reader.get(reader.route(key))
-    last, born, new = followed
-    return (version, born, new, last) if born else (version, birth, payload, place)
+@pytest.fixture
+def _word_by_word(monkeypatch):
+    """Watched cells are taken apart so that whatever may happen in between does."""
+    monkeypatch.setattr(readers, "shape", watched_shape)
+    monkeypatch.setattr(states, "shape", watched_shape)
+
+
+class Follower:
+    """Reads one key again and again, from what it found the last time."""
+
+    def __init__(self, segment: Segment, reader: StoreReader) -> None:
+        self._words, self._reader, self._route = segment.words, reader, reader.route(KEYS[0])
+        self.known: Found | None = None
+
+    def read(self) -> tuple[int, bytes | None]:
+        """The version that was read, and the payload."""
+        reader, found = self._reader, self.known
+        version = self._words[W_VERSION]
+        if found is not None:
+            since, birth, payload, place, lengths = found
+            followed = reader.follow(version, place, since, lengths)
+            if followed is not None:
+                if not followed[1]:
+                    followed = (version, birth, payload, *followed[3:])
+                self.known = followed
+                return version, followed[2]
+        found = self.known = reader.get(self._route)
+        return (version, None) if found is None else (found[0], found[2])
+
+
+class OfState:
+    """As `Follower`, with the short cuts of ``flow.state``."""
+
+    def __init__(self, segment: Segment, reader: StoreReader) -> None:
+        self._words = segment.words
+        host = SimpleNamespace(name="store", pass_gate=lambda: reader, reader=lambda: reader)
+        self._state: Any = FlowState(host, 1 << 20)
+        self._state.bind(segment, SimpleNamespace(submitted=b"", finished=b""), reader, 0)
+
+    def read(self) -> tuple[int, bytes | None]:
+        before = self._words[W_VERSION]
+        try:
+            payload = self._state[KEYS[0]]
+        except KeyError:
+            return before, None
+        return self.known[KEYS[0]][0], payload
+
+    @property
+    def known(self) -> dict[bytes, Any]:
+        return dict(self._state._bound[3])
+
+    @known.setter
+    def known(self, known: dict[bytes, Any]) -> None:
+        self._state._bound[3].update(known)
+
+
+@pytest.fixture(params=[Follower, OfState])
+def following(request, monkeypatch, _word_by_word):
+    monkeypatch.setattr(states, "unpack_frozen", bytes)
+    monkeypatch.setattr(states, "pack_key", bytes)
+    return request.param
 
 
 @pytest.mark.usefixtures("reuse_at_once")
 @pytest.mark.parametrize("commits", [1, 2, 4, 12, 40])
-@pytest.mark.parametrize("behind", [1, 3, 9])
-def test_whatever_is_committed_while_a_reader_follows_cells_it_returns_a_value_of_its_time(new_store, commits, behind):
+@pytest.mark.parametrize("behind", [1, 3, 6])
+def test_whatever_is_committed_while_a_reader_follows_cells_it_returns_a_value_of_its_time(
+    new_store, following, monkeypatch, commits, behind
+):
+    # What has been replaced rests a little longer than a reader is behind, or it could never follow.
+    monkeypatch.setattr(commit, "REST_WORDS", 1000 * (behind - 1))
     store = new_store()
     history = History(store, seed=commits)
     segment, reader = store.slow_reader()
     followed = again = 0
+    follower = following(segment, reader)
     for moment in itertools.count(1):
-        known = store.reader.get(store.reader.route(KEYS[0]))
+        known = follower.read()[1] is not None
         history.advance(behind)
         segment.interrupt(moment, lambda: history.advance(commits))
         before, segment.looks = store.writer.version, 0
-        found = read_again(reader, segment.words, KEYS[0], known)
-        assert is_true(found, history, before, store.writer.version)
-        followed += segment.looks == 1
-        again += segment.looks > 1
+        version, payload = follower.read()
+        after = store.writer.version
+        if payload is None:
+            assert None in [history.seen[version] for version in range(before, after + 1)]
+        else:
+            assert before <= version <= after
+            assert history.seen[version] == payload
+        looks = segment.looks - (following is OfState)
+        followed += known and looks == 1
+        again += known and looks > 1
         if not segment.has_been_interrupted() and moment > 40:
             break
     assert followed
@@ -449,25 +514,32 @@ def test_whatever_is_committed_while_a_reader_follows_cells_it_returns_a_value_o
 
 
 @pytest.mark.usefixtures("reuse_at_once")
-def test_between_any_two_stores_of_a_commit_who_follows_a_cell_finds_what_is_committed(new_store):
+def test_between_any_two_stores_of_a_commit_who_follows_a_cell_finds_what_is_committed(new_store, following):
     store, looks = new_store(), 0
-    words, route = store.segment.words, store.reader.route(b"key")
-    payloads = {number: b"%d" % number * (number % 40 + 1) for number in range(1, 40)}
-    known: Found | None = None
+    words = store.segment.words
+    # Often as long as the one before, and now and then the same.
+    payloads = {number: b"%2d" % (number - number % 3 // 2) * (number // 6 * 4 + 1) for number in range(1, 60)}
+    follower = following(store.segment, store.reader)
+    late: Any = None
 
     def look(where: object, stored: int) -> None:
         nonlocal looks
-        if stored and known is not None:
-            found = read_again(store.reader, words, b"key", known)
-            assert found is not None
-            assert (found[0], found[2]) == (words[W_VERSION], payloads[words[W_VERSION]])
+        if stored and late is not None:
+            # Two of them: one that looks all the time, and one that has not looked for some versions.
+            for each in (follower, late):
+                known = each.known
+                assert each.read() == (words[W_VERSION], payloads[words[W_VERSION]])
+                if each is late:
+                    late.known = known
             looks += 1
 
     writer = store.another_writer(look)
     for number, payload in payloads.items():
-        writer.publish({b"key": payload, b"other": payload})
+        same = payload == payloads.get(number - 1)
+        writer.publish({b"other": payload} if same else {KEYS[0]: payload, b"other": payload})
         if number % 3 == 1:
-            known = store.reader.get(route)
+            late = following(store.segment, store.reader)
+            late.read()
     assert looks > 10 * len(payloads)
 
 
@@ -478,7 +550,7 @@ def test_a_cell_leads_to_the_one_that_came_in_its_place(new_store, end):
     writer.publish({b"key": b"1", b"other": b"1"})
     known = reader.get(reader.route(b"key"))
     assert known is not None
-    version, _, _, place = known
+    version, _, _, place, lengths = known
     writer.publish({b"other": b"2"})
     if end == "a new one":
         writer.publish({b"key": b"2"})
@@ -493,15 +565,15 @@ def test_a_cell_leads_to_the_one_that_came_in_its_place(new_store, end):
         writer = store.another_writer()
         writer.publish({})
     now = reader.get(reader.route(b"key"))
-    assert reader.follow(words[W_VERSION], len(words), version) is None  # a place that is none
-    followed = reader.follow(words[W_VERSION], place, version)
+    assert reader.follow(words[W_VERSION], len(words), version, lengths) is None  # a place that is none
+    followed = reader.follow(words[W_VERSION], place, version, lengths)
     if end in ("deleted", "many", "taken over"):
         assert followed is None
     elif end == "the last":
-        assert followed == (place, 0, None)
+        assert followed == (words[W_VERSION], 0, None, place, lengths)
     else:
         assert now is not None
-        assert followed == (now[3], now[1], now[2])
+        assert followed == now
 
 
 def test_no_cell_leads_to_what_a_dead_writer_was_about_to_put_in_its_place(new_store, monkeypatch):
@@ -509,7 +581,7 @@ def test_no_cell_leads_to_what_a_dead_writer_was_about_to_put_in_its_place(new_s
     words, reader = store.segment.words, store.reader
     payloads = {b"%d" % number: b"%d" % number * number for number in range(40)}
     store.writer.publish(payloads)
-    places = {key: reader.get(reader.route(key))[3] for key in payloads}
+    cells = {key: reader.get(reader.route(key))[3:] for key in payloads}
 
     def die(event: str) -> None:
         if event.endswith("commit.linked"):
@@ -519,13 +591,14 @@ def test_no_cell_leads_to_what_a_dead_writer_was_about_to_put_in_its_place(new_s
         patch.setattr(commit, "audit", die)
         with pytest.raises(Died):
             store.writer.publish({key: None if len(key) == 1 else b"never" for key in payloads})
-    assert all(words[place + NEXT] for place in places.values())
+    assert all(words[place + NEXT] for place, _ in cells.values())
     heir = store.another_writer()
-    for place in places.values():
-        assert reader.follow(words[W_VERSION], place, heir.version) == (place, 0, None)
+    for place, lengths in cells.values():
+        assert reader.follow(words[W_VERSION], place, heir.version, lengths)[1:4] == (0, None, place)
     assert store.items() == payloads
     heir.publish({b"20": b"now"})
-    assert reader.follow(words[W_VERSION], places[b"20"], heir.version - 1)[1:] == (heir.version, b"now")
+    place, lengths = cells[b"20"]
+    assert reader.follow(words[W_VERSION], place, heir.version - 1, lengths)[1:3] == (heir.version, b"now")
 
 
 @pytest.mark.usefixtures("reuse_at_once", "hashing")
@@ -584,7 +657,7 @@ def read_until_overtaken(name: str, times: int, report: Any) -> None:
         reads += 1
         overtaken += segment.looks > 1
         if found is not None:
-            former, (version, birth, payload, _) = version, found
+            former, (version, birth, payload, *_) = version, found
             if payload != sealed(key, birth, payload[SEAL:]) or not former <= began <= version:
                 wrong.append((key, former, began, found))
     report.send((segment.strayed, wrong[:3]))

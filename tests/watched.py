@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import struct
 from collections.abc import Callable
 from typing import Any
 
 from strictflow_mp.segment import W_VERSION, Segment
+from strictflow_mp.store import Take, shape
+from strictflow_mp.store.reader import CELL_HEAD
+from strictflow_mp.store.trie import KEY_SHIFT, PAYLOAD_MASK
+from strictflow_mp.words import WORD
 
 
 def nothing(where: object = None, stored: int = 0) -> None:
@@ -33,6 +38,24 @@ class Watched:
 
     def release(self) -> None:
         self._view.release()
+
+
+def watched_shape(lengths: int) -> Take:
+    """As `shape`; but a watched view is taken apart word by word, with an access ahead of each."""
+    padded, length = (lengths >> KEY_SHIFT) + 7 & -8, lengths & PAYLOAD_MASK
+
+    def take(buffer: Any, start: int) -> tuple[int, int, int, bytes]:
+        if not isinstance(buffer, Watched):
+            return shape(lengths)(buffer, start)
+        body = start + CELL_HEAD * WORD + padded
+        if body + length > len(buffer):
+            raise struct.error("it ends behind the memory")
+        birth, found, following = (
+            int.from_bytes(buffer[start + WORD * word : start + WORD * (word + 1)], "little") for word in (0, 2, 3)
+        )
+        return birth, found, following, bytes(buffer[body : body + length])
+
+    return take
 
 
 class WatchedSegment(Segment):

@@ -6,11 +6,15 @@
 
 from .commit import BURST_BYTES, StoreWriter
 from .pins import PinnedVersions, Pins, clear_pins, has_pins
-from .reader import Cell, Found, Route, StoreReader, Version
+from .reader import ARRAYS, STRAYED, Cell, Found, Route, StoreReader, Version
 from .receipts import Receipt, Receipts, read_receipts
+from .trie import NEXT, Take, shape
 
 __all__ = [
+    "ARRAYS",
     "BURST_BYTES",
+    "NEXT",
+    "STRAYED",
     "Cell",
     "Found",
     "PinnedVersions",
@@ -20,8 +24,10 @@ __all__ = [
     "Route",
     "StoreReader",
     "StoreWriter",
+    "Take",
     "Version",
     "clear_pins",
     "has_pins",
     "read_receipts",
+    "shape",
 ]

@@ -12,6 +12,7 @@ Invariants: nothing read is decoded or returned before the horizon has been chec
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,9 +20,9 @@ from ..errors import ProtocolError
 from ..segment import R_COUNT, R_ROOT, RECORD, RING, W_HORIZON, W_RING, W_VERSION, Segment
 from ..words import WEAK, WORD, read_fence
 from .pins import Pins
-from .trie import CELL_HEAD, FANOUT, GONE, KEY_SHIFT, LEVELS, NEXT, PAYLOAD_MASK, Hash, deep_find, walk
+from .trie import CELL_HEAD, FANOUT, GONE, KEY_SHIFT, LEVELS, NEXT, PAYLOAD_MASK, Hash, deep_find, shape, walk
 
-__all__ = ["Cell", "Found", "Route", "StoreReader", "Version"]
+__all__ = ["ARRAYS", "STRAYED", "Cell", "Found", "Route", "StoreReader", "Version"]
 
 TRIES = 16
 """Plain reads that the horizon may overtake before a read takes a pin."""
@@ -59,8 +60,11 @@ class Cell:
         self.payload = payload
 
 
-Found = tuple[int, int, "bytes | None", int]
-"""Version read, version that wrote the cell, payload, place of the cell."""
+Found = tuple[int, int, "bytes | None", int, int]
+"""Version read, version that wrote the cell, payload, place of the cell, its word of lengths."""
+
+STRAYED = (IndexError, OverflowError, struct.error)
+"""What is raised by a step out of the claimed memory: it was reused under the reader, or has grown since it looked."""
 
 
 class Route(NamedTuple):
@@ -93,7 +97,7 @@ class StoreReader:
         self._segment = segment
         self._pins = pins
         self.hash = Hash(segment.hash_key)
-        self._words, self._buffer = segment.claimed()
+        self._words, self.buffer = segment.claimed()
 
     def version(self) -> int:
         """The last committed version."""
@@ -106,50 +110,51 @@ class StoreReader:
         turns = (bits & 31, bits >> 5 & 31, bits >> 10 & 31, bits >> 15 & 31, bits >> 20 & 31, bits >> 25)
         return Route(key, digest, turns)
 
-    def follow(self, version: int, place: int, since: int) -> tuple[int, int, bytes | None] | None:
-        """What came in the place of a key's cell: place, birth and payload in *version*. None: look the key up instead.
+    def follow(self, version: int, place: int, since: int, lengths: int) -> Found | None:
+        """What came in the place of a key's cell in *version*. None: look the key up instead.
 
         Args:
             version: loaded just now.
-            place: of the key's cell in version *since*. If it is still that one, its birth is 0 and the payload None.
-                The payload is None too when a new one holds arrays: those are read under a pin.
+            place: of the key's cell in version *since*. If it is still that one, the birth that is found is 0 and the
+                payload None. The payload is None too when a new one holds arrays: those are read under a pin.
+            lengths: that the new one has, probably.
         """
-        words, buffer = self._words, self._buffer
+        words, buffer = self._words, self.buffer
+        take = shape(lengths)
+        birth, payload = 0, None
         try:
-            last, birth = place, 0
+            # The version before what it has replaced; a cell after what led to it (load-load).
+            if WEAK:
+                read_fence()
+            following = words[place + NEXT]
             for _ in HOPS:
-                # The version before what it has replaced; a cell after what led to it (load-load).
-                if WEAK:
-                    read_fence()
-                pointer = words[last + NEXT]
-                if pointer <= GONE:
-                    if pointer:
+                if following <= GONE:
+                    if following:
                         return None
                     break
                 if WEAK:
                     read_fence()
-                place = pointer >> 1
-                born = words[place]
+                start = (following >> 1) * WORD
+                born, found, beyond, data = take(buffer, start)
                 if born > version:
                     break  # not committed when we looked
-                last, birth = place, born
+                if found != lengths:
+                    lengths, take = found, shape(found)
+                    born, _, beyond, data = take(buffer, start)
+                place, birth, payload = following >> 1, born, data
+                if born == version:
+                    break  # what has replaced it is younger
+                following = beyond
             else:
                 return None
-            payload = None
-            if birth:
-                lengths = words[last + 2]
-                body = (last + CELL_HEAD) * WORD + (lengths >> KEY_SHIFT) + 7 & -8
-                end = body + (lengths & PAYLOAD_MASK)
-                if end > len(buffer):
-                    return None  # a slice would stop at the end without a word
-                if buffer[body] != ARRAYS:
-                    payload = buffer[body:end].tobytes()
-        except IndexError:
-            return None  # strayed, or the memory has grown since we looked
+            if payload is not None and payload[0] == ARRAYS:
+                payload = None
+        except STRAYED:
+            return None
         # All that was read before the horizon (load-load). A cell of *since*, or a later one, is reused only behind it.
         if WEAK:
             read_fence()
-        return (last, birth, payload) if words[W_HORIZON] <= since else None
+        return (version, birth, payload, place, lengths) if words[W_HORIZON] <= since else None
 
     def get(self, route: Route, known: int = -1) -> Found | None:
         """The committed cell of a key. None when absent.
@@ -162,7 +167,7 @@ class StoreReader:
         key, digest, turns = route
         tries = 0
         while True:
-            words, buffer = self._words, self._buffer
+            words, buffer = self._words, self.buffer
             version = words[W_VERSION]
             if WEAK:
                 read_fence()
@@ -188,9 +193,9 @@ class StoreReader:
                             raise IndexError  # a slice would stop at the end without a word
                         if buffer[start:middle].tobytes() == key:
                             if birth == known or buffer[body] == ARRAYS:
-                                found = (version, birth, None, index)
+                                found = (version, birth, None, index, lengths)
                             else:
-                                found = (version, birth, buffer[body:end].tobytes(), index)
+                                found = (version, birth, buffer[body:end].tobytes(), index, lengths)
                 # All that was read before the horizon (load-load).
                 if WEAK:
                     read_fence()
@@ -198,7 +203,7 @@ class StoreReader:
                     return found
             except IndexError:
                 # Strayed, or the memory has grown since we looked.
-                self._words, self._buffer = self._segment.claimed()
+                self._words, self.buffer = self._segment.claimed()
             tries += 1
             if tries == TRIES:
                 return self._get_pinned(route, known)
@@ -211,7 +216,8 @@ class StoreReader:
             if cell is None:
                 return None
             skip = cell.birth == known or cell.payload[0] == ARRAYS
-            return pinned.number, cell.birth, None if skip else bytes(cell.payload), cell.place
+            lengths = len(cell.key) << KEY_SHIFT | len(cell.payload)
+            return pinned.number, cell.birth, None if skip else bytes(cell.payload), cell.place, lengths
         finally:
             self.unpin(pinned)
 
@@ -251,7 +257,7 @@ class StoreReader:
             self._pins.release(number)
             return None
         # What the version reaches was claimed before it was published.
-        self._words, self._buffer = self._segment.claimed()
+        self._words, self.buffer = self._segment.claimed()
         return Version(number, root, count, is_exact=self._pins.is_exact(number))
 
     def hold(self, version: Version) -> None:
@@ -273,7 +279,7 @@ class StoreReader:
             return self._find(version, route)
         except IndexError:
             # A pinned walk does not stray: the memory has grown since we looked.
-            self._words, self._buffer = self._segment.claimed()
+            self._words, self.buffer = self._segment.claimed()
             try:
                 return self._find(version, route)
             except IndexError:
@@ -304,7 +310,7 @@ class StoreReader:
 
     def cells(self, version: Version) -> Iterator[Cell]:
         """Every cell of a pinned version, in the order of the hashes."""
-        self._words, self._buffer = self._segment.claimed()
+        self._words, self.buffer = self._segment.claimed()
         try:
             for pointer in walk(self._words, version.root):
                 if pointer & 1:
@@ -314,7 +320,7 @@ class StoreReader:
 
     def cells_since(self, version: Version, since: int) -> Iterator[Cell]:
         """Every cell of a pinned version that a version after *since* has written. Only their paths are walked."""
-        self._words, self._buffer = self._segment.claimed()
+        self._words, self.buffer = self._segment.claimed()
         words = self._words
         stack = [version.root] if version.root else []
         try:
@@ -330,7 +336,7 @@ class StoreReader:
             raise _damaged(self._segment.name) from None
 
     def _cell(self, pointer: int) -> Cell:
-        words, buffer = self._words, self._buffer
+        words, buffer = self._words, self.buffer
         index = pointer >> 1
         lengths = words[index + 2]
         start = (index + CELL_HEAD) * WORD
