@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).resolve().parent
-MODELS = ("flag", "waiting", "pins", "next", "resume")
+MODELS = ("flag", "reach", "waiting", "pins", "next", "resume")
 DEPTH = 1_000_000
 MEGABYTES = 1000
 SECONDS = 120

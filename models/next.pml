@@ -159,7 +159,8 @@ again:
 #else
             if
             :: atomic { birth[born] > now -> break }                          /* N3 */
-            :: atomic { birth[born] <= now -> got = born }
+            :: atomic { birth[born] == now -> got = born; break }
+            :: atomic { birth[born] < now -> got = born }
             fi
 #endif
         od;

@@ -40,7 +40,7 @@ from .future import TaskFuture
 from .lost import Reason, gone, settle_all
 from .port import Port
 from .rendezvous import Place
-from .segment import PREFIX, W_RESTARTS, W_TRACE
+from .segment import PREFIX, W_EPOCH, W_RESTARTS, W_TRACE
 from .state import FlowState
 from .store import StoreReader
 from .turn import Turn
@@ -115,18 +115,18 @@ class Client:
             self.is_stopped = False
             audit("strictflow_mp.attach.welcomed")
             self._attachment = attachment
-            self._bind(attachment, attachment.segment.words[W_RESTARTS])
+            self._bind(attachment, attachment.segment.words[W_EPOCH])
             return attachment
 
-    def _bind(self, attachment: Attachment, restarts: int) -> None:
-        self.state.bind(attachment.segment, attachment.gate, attachment.reader, restarts)
+    def _bind(self, attachment: Attachment, epoch: int) -> None:
+        self.state.bind(attachment.segment, attachment.gate, attachment.reader, epoch)
 
-    def rebind(self, reader: StoreReader, restarts: int) -> None:
-        """For `FlowState`: it has passed the gate behind a restart."""
+    def rebind(self, reader: StoreReader, epoch: int) -> None:
+        """For `FlowState`: it has passed the gate in another epoch."""
         with self._attaching:
             attachment = self._attachment
             if attachment is not None and not attachment.is_lost and attachment.reader is reader:
-                self._bind(attachment, restarts)
+                self._bind(attachment, epoch)
 
     @property
     def is_attaching(self) -> bool:

@@ -17,6 +17,7 @@ import signal
 import sys
 import time
 import traceback
+from functools import partial
 from multiprocessing import current_process
 from typing import Any
 
@@ -154,7 +155,9 @@ class Coordinator:
             "max_pending": options["max_pending"],
             "gate_timeout": options["gate_timeout"],
         }
-        self._sessions = Sessions(listener, authkey, segment, gate, self._writer.receipts, welcome, owner)
+        self._sessions = Sessions(
+            listener, authkey, segment, gate, self._writer.receipts, partial(self._writer.publish, {}), welcome, owner
+        )
         self._sessions.expect(tenancies)
         os.register_at_fork(after_in_child=self._leave_to_parent)
         reader = StoreReader(segment, Pins(segment, 0))

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import posix_ipc
 
 from .processes import Identity
-from .segment import CONDEMNED, PREFIX, SERVING, STOPPED, W_STATUS, W_TENANCIES, Segment
+from .segment import CONDEMNED, PREFIX, SERVING, STOPPED, W_EPOCH, W_REACH, W_STATUS, W_TENANCIES, Segment
 from .spin import look_for
 from .words import fence, publish_fence, read_fence
 
@@ -129,6 +129,16 @@ class Gate:
         self._words[self._mine] = number
         # The flag is seen by all before submit returns, and whatever follows from that begins (store-load).
         fence()
+
+    def within_reach(self) -> tuple[memoryview, memoryview]:
+        """SUBMITTED and FINISHED of the slots that any process has had so far: all that a read need compare.
+
+        Only for who has loaded EPOCH before, and looks again whether it has moved (`GateKeeper.widen`).
+        """
+        # REACH behind the EPOCH that it is of, or a later one (load-load).
+        read_fence()
+        reach = self._words[W_REACH]
+        return self.submitted[:reach], self.finished[:reach]
 
     def is_open(self) -> bool:
         """Whether nothing that was submitted is unfinished."""
@@ -275,6 +285,7 @@ class GateKeeper:
         self._finished = words[segment.finished : segment.finished + slots]
         self._waiting = words[segment.waiting : segment.waiting + slots]
         self._nobody = memoryview(bytes(8 * slots)).cast("Q")
+        self._look_within(words[W_REACH])
         self._semaphores: dict[int, posix_ipc.Semaphore] = {}
         self._raised = self._submitted[0]  # how often slot 0 was
 
@@ -294,6 +305,40 @@ class GateKeeper:
         return found
 
     # Slots
+
+    def _look_within(self, reach: int) -> None:
+        self._up, self._down = self._submitted[:reach], self._finished[:reach]
+        self._asleep, self._awake = self._waiting[:reach], self._nobody[:reach]
+
+    def is_within_reach(self, slot: int) -> bool:
+        """Whether readers look at the flag of a slot."""
+        return slot < len(self._up)
+
+    def widen(self, slot: int, renew: Callable[[], object]) -> None:
+        """Have readers look at the flag of a slot that no process has had yet; then one may be let in.
+
+        Most flows never have more than a few processes at a time, and to compare the flags of all slots would take more
+        than the rest of a read.
+
+        Args:
+            renew: commits a version, so that readers find what they know outdated, and look at EPOCH.
+        """
+        words = self._words
+        former = reach = words[W_REACH]
+        while reach <= slot:
+            reach *= 2
+        words[W_REACH] = min(reach, self._segment.slots)
+        # REACH before the EPOCH that tells of it, and that before the version (store-store).
+        publish_fence()
+        words[W_EPOCH] += 1
+        sys.audit("strictflow_mp.admit.widened")
+        publish_fence()
+        try:
+            renew()
+        except BaseException:
+            words[W_REACH] = former  # the next one who needs the slot must do it again
+            raise
+        self._look_within(words[W_REACH])
 
     def tenancy(self, slot: int) -> Tenancy:
         """Who has a slot."""
@@ -356,7 +401,7 @@ class GateKeeper:
 
     def is_open(self) -> bool:
         """Whether every P1 task that anybody submitted is finished."""
-        return self._submitted == self._finished
+        return self._up == self._down
 
     def last_finished(self, slot: int) -> int:
         """The number up to which a slot's P1 tasks are finished."""
@@ -392,9 +437,9 @@ class GateKeeper:
         """Post for every slot in which a reader sleeps."""
         # finished[] before the look at waiting[] (store-load).
         fence()
-        if self._waiting == self._nobody:
+        if self._asleep == self._awake:
             return
-        for slot, waiting in enumerate(self._waiting.tolist()):
+        for slot, waiting in enumerate(self._asleep.tolist()):
             semaphore = self._semaphores.get(slot) if waiting else None
             if semaphore is not None and not _value(semaphore):
                 semaphore.release()

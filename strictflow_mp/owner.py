@@ -20,7 +20,7 @@ from .core import configured_level, logger
 from .errors import CoordinatorLost, FlowExists, FlowNotRunning, ProtocolError, StrictFlowError, TaskTimeout
 from .processes import Child, Identity, launch, wait_for_end
 from .rendezvous import Lease, Place
-from .segment import PREFIX, W_RESTARTS, W_VERSION, Segment
+from .segment import PREFIX, W_EPOCH, W_VERSION, Segment
 
 __all__ = ["Owner"]
 
@@ -255,12 +255,12 @@ class _Watcher:
             self._wake = self._wakeup = -1
 
     def _work_done(self) -> int:
-        """Grows with each commit and each P1 task, but not with a mere restart, which makes one version."""
+        """Grows with each commit and each P1 task, but not with what merely moves EPOCH, by one for a version."""
         if self._segment is None:
             return 0
         words, first = self._segment.words, self._segment.finished
         finished = sum(words[first : first + self._segment.slots].tolist())
-        return int(words[W_VERSION] - words[W_RESTARTS] + finished)
+        return int(words[W_VERSION] - words[W_EPOCH] + finished)
 
     def _run(self) -> None:
         owner = self._owner

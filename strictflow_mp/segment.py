@@ -13,6 +13,8 @@ words                   writer                 meaning
 0 .. 15                 coordinator, at start  identity: magic, layout, size, slots, pid, hash key
 16 VERSION              coordinator            the commit word: the version that readers see
 10 RESTARTS             coordinator, at start  how often a coordinator has taken over from a dead one
+11 EPOCH                coordinator            moves when what readers have bound is outdated: a takeover, or more slots
+12 REACH                coordinator            slots below it are looked at by readers; the others nobody has had yet
 17 STATUS               coordinator            serving, stopped, or condemned
 24 HORIZON              coordinator            oldest version that can be read without a pin
 25 CLAIMED              coordinator            words behind which no memory is claimed yet
@@ -62,9 +64,10 @@ PREFIX = "sfmp-"
 """How the names of all shared objects of this library begin."""
 
 MAGIC = int.from_bytes(b"SFLOWMP\x01", "little")
-LAYOUT = 5
+LAYOUT = 6
 
-W_MAGIC, W_LAYOUT, W_SIZE, W_SLOTS, W_PID, W_START, W_KEY, W_RESTARTS = 0, 1, 2, 3, 4, 5, 8, 10
+W_MAGIC, W_LAYOUT, W_SIZE, W_SLOTS, W_PID, W_START, W_KEY = 0, 1, 2, 3, 4, 5, 8
+W_RESTARTS, W_EPOCH, W_REACH = 10, 11, 12
 W_VERSION, W_STATUS, W_HORIZON, W_CLAIMED, W_NAME, W_RING = 16, 17, 24, 25, 64, 128
 W_SUSPECT, W_DEADLINE, W_TENANCIES, W_LOADING, W_LOADINGS, W_TRACE = 26, 27, 28, 29, 30, 31
 NAME_BYTES = 512
@@ -78,6 +81,8 @@ R_VERSION, R_ROOT, R_COUNT, R_TIME, R_BASE, R_DELTA = 0, 1, 2, 3, 4, 5
 
 ARRAYS = 9
 """Arrays with a word for each slot, beside the pins."""
+REACH = 8
+"""Slots whose flags readers look at to begin with (`gate.GateKeeper.widen`)."""
 PINS = 16
 """Pin words for each slot: the last one is a floor (`store.pins`)."""
 
@@ -166,6 +171,7 @@ class Segment:
             segment._claim_bytes(0, _round_up(segment.arena * WORD, PAGE), flow)
             words[W_LAYOUT], words[W_SIZE], words[W_SLOTS] = LAYOUT, size, slots
             words[W_PID], words[W_START] = identity.pid, identity.start
+            words[W_REACH] = min(REACH, slots)
             segment.buffer[W_KEY * WORD : (W_KEY + 2) * WORD] = os.urandom(16)
             encoded = flow.encode()[: NAME_BYTES - WORD]
             segment.buffer[W_NAME * WORD : W_NAME * WORD + len(encoded)] = encoded

@@ -89,12 +89,14 @@ class Sessions:
         segment: Segment,
         gate: GateKeeper,
         receipts: Receipts,
+        renew: Callable[[], object],
         welcome: dict[str, Any],
         owner: Identity | None,
     ) -> None:
         self._segment = segment
         self._gate = gate
         self._receipts = receipts
+        self._renew = renew
         self._welcome = welcome
         self._owner = owner
         self._me = Identity.mine()
@@ -303,6 +305,8 @@ class Sessions:
                 f"all {self._segment.slots - 1} places are taken by live processes; "
                 "start the flow with a larger max_workers=",
             )
+        if not self._gate.is_within_reach(free):
+            self._gate.widen(free, self._renew)
         semaphore = self._gate.admit(free, identity)
         tenant = self._gate.tenancy(free).tenant
         return {**self._welcome, "slot": free, "tenant": tenant, "semaphore": semaphore}

@@ -16,7 +16,7 @@ from .aside import waits
 from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
 from .keys import TypedMapping, TypedState
-from .segment import SERVING, W_HORIZON, W_RESTARTS, W_STATUS, W_VERSION, Segment
+from .segment import SERVING, W_EPOCH, W_HORIZON, W_STATUS, W_VERSION, Segment
 from .store import ARRAYS, NEXT, STRAYED, Cell, Found, Route, StoreReader, Take, Version, shape
 from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
 from .words import WEAK, WORD
@@ -186,7 +186,7 @@ class Host(Protocol):
     def reader(self) -> StoreReader:
         """Attach if need be, return the reader."""
 
-    def rebind(self, reader: StoreReader, restarts: int) -> None:
+    def rebind(self, reader: StoreReader, epoch: int) -> None:
         """Have the state bound anew, if that is still our reader."""
 
     def write(self, changes: dict[bytes, bytes | None]) -> None:
@@ -235,6 +235,16 @@ class _Cache:
                 self._size -= dropped[3]
 
 
+Bound = tuple[Any, Any, Any, dict[Any, Entry], _Cache, Any, int]
+"""What a read looks at: SUBMITTED and FINISHED within reach, all words, the values that are kept (as they are, and as a
+cache), the reader, and the EPOCH in which it is so. Unbound: a flag that is up, and nothing."""
+
+
+def _unbound(reader: StoreReader | None) -> Bound:
+    cache = _Cache(0)
+    return 0, 1, None, cache.entries, cache, reader, 0
+
+
 OVERHEAD = 512
 """Bytes that a cached value takes beside its payload, about."""
 
@@ -253,31 +263,33 @@ class FlowState(TypedState):
         self._scopes: dict[int, None] = {}  # one for each worker-side P2 under way, in any thread
         self.unbind()
 
-    def bind(self, segment: Segment, gate: Gate, reader: StoreReader, restarts: int) -> None:
-        """Look at a segment from now on, until yet another coordinator has taken over."""
+    def bind(self, segment: Segment, gate: Gate, reader: StoreReader, epoch: int) -> None:
+        """Look at a segment from now on, as long as EPOCH, which was loaded before, stands at *epoch*."""
+        submitted, finished = gate.within_reach()
         cache = _Cache(self._cache_bytes)
         # One tuple, so that no thread looks at one flow's gate and at another's versions.
-        self._bound: Any = (gate.submitted, gate.finished, segment.words, cache.entries, cache, reader, restarts)
+        self._bound: Bound = (submitted, finished, segment.words, cache.entries, cache, reader, epoch)
 
     def unbind(self) -> None:
         """Look at nothing: the next read attaches first."""
-        self._bound = (0, 1, None, {}, _Cache(0), None, 0)
+        self._bound = _unbound(None)
 
     def __getitem__(self, key: Any) -> Any:
-        submitted, finished, words, entries, cache, reader, restarts = self._bound
+        submitted, finished, words, entries, _, reader, epoch = bound = self._bound
         # The flag first: what was submitted before is finished, so its commit is in the version seen.
         if submitted == finished and not self._scopes:
             try:
                 entry = entries[key]
             except (KeyError, TypeError):
                 return self._read(key)
+            # A flag that is out of reach is of a process that came in later than this version.
             version = words[W_VERSION]
             if entry[0] == version:
                 return entry[1]
-            if words[W_RESTARTS] == restarts:
+            if words[W_EPOCH] == epoch:
                 since, value, birth, size, route, place, lengths, take = entry
                 if WEAK:
-                    return self._follow(reader, cache, key, version, entry, lengths)
+                    return self._follow(bound, key, version, entry, lengths)
                 # As `StoreReader.follow`, spelled out for what happens most: the cell is still the last, or one of the
                 # same lengths is. A call, and what it returns, would take a fifth of the time.
                 following = words[place + NEXT]
@@ -285,7 +297,7 @@ class FlowState(TypedState):
                     try:
                         birth, found, beyond, payload = take(reader.buffer, (following >> 1) * WORD)
                     except STRAYED:
-                        return self._follow(reader, cache, key, version, entry, lengths)
+                        return self._follow(bound, key, version, entry, lengths)
                     if (
                         found != lengths
                         or birth > version
@@ -293,55 +305,59 @@ class FlowState(TypedState):
                         or payload[0] == ARRAYS
                         or words[W_HORIZON] > since
                     ):
-                        return self._follow(reader, cache, key, version, entry, found)
+                        return self._follow(bound, key, version, entry, found)
                     value = unpack_frozen(payload)
                     place = following >> 1
                 elif words[W_HORIZON] > since:
-                    return self._look_up(reader, cache, key, route, entry)
+                    return self._look_up(bound, key, route, entry)
                 entries[key] = (version, value, birth, size, route, place, lengths, take)
                 return value
         return self._read(key)
-
-    def _follow(self, reader: StoreReader, cache: _Cache, key: Any, version: int, former: Entry, lengths: int) -> Any:
-        """The value of a key, from what was known of it; the gate has been passed."""
-        found = reader.follow(version, former[5], former[0], lengths)
-        if found is None:
-            return self._look_up(reader, cache, key, former[4], former)
-        _, birth, payload, _, _ = found
-        if payload is not None:
-            return self._renew(cache, key, former[4], former, found)
-        if birth:
-            return self._read_arrays(reader, key, former[4])
-        cache.entries[key] = (version, *former[1:])
-        return former[1]
 
     def _read(self, key: Any) -> Any:
         """As `__getitem__`, without its short cuts."""
         scoped = scope.get()
         if scoped is not None and self._host.name in scoped:
             return scoped[self._host.name][key]
-        words, restarts = self._bound[2], self._bound[6]
-        seen = restarts if words is None else words[W_RESTARTS]
+        words, epoch = self._bound[2], self._bound[6]
+        seen = epoch if words is None else words[W_EPOCH]
         reader = self._host.pass_gate()
-        if seen != restarts:
-            # Another coordinator serves, and knows all that this process had submitted.
+        if seen != epoch:
+            # Another coordinator serves, and knows all that this process had submitted; or there are more slots.
             self._host.rebind(reader, seen)
-        _, _, _, entries, cache, bound_reader, _ = self._bound
-        if bound_reader is not reader:
-            entries, cache = {}, _Cache(0)  # another thread is about to bind or has unbound
+        bound = self._bound
+        if bound[5] is not reader:
+            bound = _unbound(reader)  # another thread is about to bind or has unbound
         try:
-            entry = entries.get(key)
+            entry = bound[3].get(key)
         except TypeError:
             entry = None  # unhashable: pack_key says what is wrong with it
         route = reader.route(_packed_key(key, self._host.name)) if entry is None else entry[4]
-        return self._look_up(reader, cache, key, route, entry)
+        return self._look_up(bound, key, route, entry)
 
-    def _look_up(self, reader: StoreReader, cache: _Cache, key: Any, route: Route, former: Entry | None) -> Any:
-        """The value of a key; the gate has been passed."""
+    def _follow(self, bound: Bound, key: Any, version: int, former: Entry, lengths: int) -> Any:
+        """The value of a key, from what was known of it; the gate has been passed, then VERSION and EPOCH loaded."""
+        _, _, _, entries, cache, reader, _ = bound
+        found = reader.follow(version, former[5], former[0], lengths)
+        if found is None:
+            return self._look_up(bound, key, former[4], former)
+        _, birth, payload, _, _ = found
+        if payload is not None:
+            return self._renew(cache, key, former[4], former, found)
+        if birth:
+            return self._read_arrays(reader, key, former[4])
+        entries[key] = (version, *former[1:])
+        return former[1]
+
+    def _look_up(self, bound: Bound, key: Any, route: Route, former: Entry | None) -> Any:
+        """The value of a key, by a walk; the gate has been passed."""
+        _, _, words, _, cache, reader, epoch = bound
         known = -1 if former is None else former[2]
         found = reader.get(route, known)
         if found is None:
             raise KeyError(key)
+        if words is None or words[W_EPOCH] != epoch:
+            cache = _Cache(0)  # none of what is bound may seem to be of the version that we have found
         version, birth, payload, place, lengths = found
         if payload is not None:
             return self._renew(cache, key, route, former, found)
@@ -397,11 +413,11 @@ class FlowState(TypedState):
 
     def _reader_at_once(self, gated: bool) -> StoreReader | None:
         """The reader, if it can be had without waiting for anything."""
-        submitted, finished, words, _, _, reader, restarts = self._bound
+        submitted, finished, words, _, _, reader, epoch = self._bound
         if words is None or (gated and submitted != finished):
             return None
         # Behind the gate, as in `Client.pass_gate`. A version that is pinned from here on has all that was finished.
-        is_served = words[W_STATUS] == SERVING and words[W_RESTARTS] == restarts
+        is_served = words[W_STATUS] == SERVING and words[W_EPOCH] == epoch
         return reader if is_served else None
 
     def _snapshot(self) -> Snapshot:

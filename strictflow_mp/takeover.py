@@ -18,7 +18,7 @@ from .errors import TaskCrashed, TaskTimeout
 from .failures import pack_failure
 from .gate import GateKeeper, Tenancy
 from .processes import Identity
-from .segment import SERVING, W_LOADING, W_LOADINGS, W_PID, W_RESTARTS, W_START, W_STATUS, W_SUSPECT, Segment
+from .segment import SERVING, W_EPOCH, W_LOADING, W_LOADINGS, W_PID, W_RESTARTS, W_START, W_STATUS, W_SUSPECT, Segment
 from .store import Receipt, StoreWriter, read_receipts
 from .suspect import Suspect, loading_seq, suspect_of
 
@@ -39,6 +39,7 @@ def take_over(segment: Segment, writer: StoreWriter, gate: GateKeeper, flow: str
     words = segment.words
     # Processes that wait for a new coordinator look at this word.
     words[W_RESTARTS] += 1
+    words[W_EPOCH] += 1
     words[W_PID], words[W_START] = me.pid, me.start
     audit("strictflow_mp.takeover.begun")
     writer.recover()

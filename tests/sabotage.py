@@ -66,7 +66,7 @@ def raise_no_flag() -> None:
 def skip_the_horizon() -> None:
     """In a reader: it believes what it has read, reused or not."""
     dawdle()
-    reader.W_HORIZON = W_NEVER_WRITTEN
+    reader.W_HORIZON = state.W_HORIZON = W_NEVER_WRITTEN
 
 
 def read_the_newest_for_each_key() -> None:

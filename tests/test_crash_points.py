@@ -33,7 +33,7 @@ from strictflow_mp import (
     owner,
     write,
 )
-from strictflow_mp.segment import Segment
+from strictflow_mp.segment import REACH, W_EPOCH, W_REACH, Segment
 from strictflow_mp.store import PinnedVersions, Pins, StoreReader
 from strictflow_mp.values import pack_key, unpack
 
@@ -58,6 +58,7 @@ EVENTS = {
     "gate.finished": "gate.GateKeeper.finish",
     "answer.sent": "runner.Runner._answer_writes",
     "reclaim.horizon": "store.commit.StoreWriter._reclaim",
+    "admit.widened": "gate.GateKeeper.widen",
     "admit.semaphore": "gate.GateKeeper.admit",
     "admit.slot": "gate.GateKeeper.admit",
     "dismiss.slot": "gate.GateKeeper.dismiss",
@@ -89,6 +90,7 @@ def of(*groups: str) -> list[str]:
 
 
 AT_WORK = of("loop", "function", "task", "burst", "commit", "gate", "answer", "reclaim", "admit", "dismiss")
+AT_WORK.remove("admit.widened")  # it comes with the eighth process only
 FIRST_START = [*of("start"), *of("commit")]
 NEXT_START = [*of("start", "takeover"), *of("commit"), "gate.finished"]
 NEXT_START.remove("start.created")
@@ -341,6 +343,33 @@ def semaphores(flow: StrictFlow) -> set[int]:
     return {int(path.suffix[1:]) for path in SHARED.glob(f"sem.{token}.*")}
 
 
+@contextmanager
+def processes_attached(flow: StrictFlow, count: int) -> Iterator[None]:
+    """So many other processes are attached to the flow."""
+    pipes = [fork.Pipe() for _ in range(count)]
+    visitors = [fork.Process(target=stay, args=(flow.name, theirs)) for _, theirs in pipes]
+    for visitor, (_, theirs) in zip(visitors, pipes, strict=True):
+        visitor.start()
+        theirs.close()
+    try:
+        for mine, _ in pipes:
+            assert mine.poll(RESOLVED)
+            mine.recv()
+        yield
+    finally:
+        for mine, _ in pipes:
+            mine.send("go")
+        for visitor in visitors:
+            visitor.join()
+
+
+def stay(flow: str, box: Any) -> None:
+    attached = StrictFlow.attach(flow, timeout=RESOLVED)
+    box.send(attached.state["last"])
+    box.recv()
+    attached.close()
+
+
 # The tests
 
 
@@ -364,6 +393,21 @@ def test_wherever_the_coordinator_dies_at_work_each_task_takes_effect_once_and_r
             assert not crashed
         assert flow.stats().restarts == 2
         eventually(lambda: semaphores(flow) == {worker.slot for worker in flow.stats().workers})
+
+
+def test_a_coordinator_that_dies_as_it_has_more_slots_looked_at_leaves_them_looked_at(plan, tmp_path):
+    with new_flow() as flow, processes_attached(flow, REACH - 2):
+        load = Load(flow)
+        load.put()
+        load.look()
+        plan.make(("admit.widened", 1))
+        load.visit(dies=False)
+        assert not plan.left
+        assert flow.stats().restarts == 1
+        load.round()
+        assert not load.check()
+        words = flow._client.attach().segment.words
+        assert (words[W_REACH], words[W_EPOCH]) == (2 * REACH, 2)
 
 
 @pytest.mark.parametrize("fails", [True, False])

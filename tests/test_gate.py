@@ -14,15 +14,17 @@ import secrets
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import posix_ipc
 import pytest
+from holding import has_a_sleeping_reader
 
-from strictflow_mp import FlowNotRunning, StrictFlow, spin
+from strictflow_mp import FlowNotRunning, StateFull, StrictFlow, spin
 from strictflow_mp import gate as gate_module
 from strictflow_mp.gate import Gate, GateKeeper, condemn, semaphore_name
 from strictflow_mp.processes import Identity
-from strictflow_mp.segment import CONDEMNED, SERVING, STARTING, STOPPED, W_STATUS, Segment
+from strictflow_mp.segment import CONDEMNED, REACH, SERVING, STARTING, STOPPED, W_EPOCH, W_REACH, W_STATUS, Segment
 
 SLOTS = 8
 FOR_EVER = 1e6
@@ -652,6 +654,78 @@ def test_a_process_that_is_killed_leaves_no_flag_up(eventually):
             eventually(gate.is_open)
 
 
+def submit_when_asked(flow, box):
+    attached = StrictFlow.attach(flow, timeout=60)
+    attached.state["newcomer"]
+    box.send("attached")
+    while number := box.recv():
+        box.send(attached.put("newcomer", number) is not None)
+    attached.close()
+
+
+@pytest.fixture
+def visitors():
+    """Processes that a test starts: none is left."""
+    started = []
+    yield started
+    for visitor in started:
+        visitor.kill()
+        visitor.join()
+
+
+def test_a_read_waits_for_what_any_of_many_processes_has_submitted_before(visitors, eventually):
+    """Readers look at the flags of the slots that somebody has had; here those become more, twice."""
+    fork = multiprocessing.get_context("fork")
+    pipes, reading = [], []
+    with StrictFlow(state={"newcomer": 0}) as flow, ThreadPoolExecutor(1) as pool:
+        assert flow.state["newcomer"] == 0
+        coordinator = flow.stats().coordinator_pid
+        for number in range(1, 2 * REACH + 2):
+            mine, theirs = fork.Pipe()
+            visitors.append(fork.Process(target=submit_when_asked, args=(flow.name, theirs)))
+            visitors[-1].start()
+            theirs.close()
+            pipes.append(mine)
+            assert mine.recv() == "attached"
+            if number % 4 != 3:  # else nobody looks between one newcomer and the next
+                assert flow.state["newcomer"] == number - 1
+            os.kill(coordinator, signal.SIGSTOP)
+            try:
+                mine.send(number)
+                assert mine.recv()  # it has returned
+                reading.append(pool.submit(lambda: flow.state["newcomer"]))
+                eventually(lambda: reading[-1].done() or has_a_sleeping_reader(flow))
+            finally:
+                os.kill(coordinator, signal.SIGCONT)
+            assert reading[-1].result() == number
+        assert flow.state["newcomer"] == number
+        assert len(flow._client.state._bound[0]) == 4 * REACH
+        assert flow.stats().version == 2 * REACH + 1 + 3  # the first state, and two versions for more slots
+        for mine in pipes:
+            mine.send(0)
+        for visitor in visitors:
+            visitor.join()
+
+
+def test_slots_that_there_is_no_room_to_tell_of_are_not_looked_at():
+    house = House(slots=REACH + 2)
+    keeper, words = house.keeper, house.segment.words
+
+    def no_room():
+        raise StateFull("no room")
+
+    with pytest.raises(StateFull):
+        keeper.widen(REACH, no_room)
+    assert words[W_REACH] == REACH
+    assert not keeper.is_within_reach(REACH)
+    seen = []
+    keeper.widen(REACH, lambda: seen.append((words[W_REACH], words[W_EPOCH])))
+    assert seen == [(REACH + 2, 2)]
+    assert keeper.is_within_reach(REACH + 1)
+    house.segment.unlink()
+    house.segment.close()
+
+
 def test_a_process_whose_connection_was_cut_leaves_no_flag_up(eventually, tmp_path):
     with StrictFlow("cut", state={"a": 0}) as flow:
         over, tried = tmp_path / "over", tmp_path / "tried"
@@ -743,6 +817,7 @@ def test_each_slot_has_words_of_its_own_however_many_there_are():
     count = 150
     house, slots = House(slots=count), range(1, count)
     keeper, segment = house.keeper, house.segment
+    keeper.widen(count - 1, lambda: None)
 
     def words(array):
         begin = getattr(segment, array)

@@ -453,7 +453,7 @@ class OfState:
         self._words = segment.words
         host = SimpleNamespace(name="store", pass_gate=lambda: reader, reader=lambda: reader)
         self._state: Any = FlowState(host, 1 << 20)
-        self._state.bind(segment, SimpleNamespace(submitted=b"", finished=b""), reader, 0)
+        self._state.bind(segment, SimpleNamespace(within_reach=lambda: (b"", b"")), reader, 0)
 
     def read(self) -> tuple[int, bytes | None]:
         before = self._words[W_VERSION]
