@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -74,21 +74,31 @@ def lmdb_writer(connection: Connection, path: str) -> None:
             connection.send(None)
 
 
+Server = Callable[[Connection, list[socket.socket]], None]
+
+
 @contextmanager
 def echo() -> Iterator[socket.socket]:
     """One end of a socket pair; at the other, a process waits with epoll and sends back what arrives."""
-    with echoes(1) as (here,):
+    with served(_echo, 1) as (here,):
         yield here
 
 
 @contextmanager
 def echoes(count: int) -> Iterator[list[socket.socket]]:
     """The same for so many socket pairs; one process serves them all."""
+    with served(_echo, count) as here:
+        yield here
+
+
+@contextmanager
+def served(server: Server, count: int) -> Iterator[list[socket.socket]]:
+    """One end of so many socket pairs; at the other ends, one process runs *server* until the pipe is closed."""
     with ExitStack() as stack:
         pairs = [socket.socketpair() for _ in range(count)]
         here = [stack.enter_context(mine) for mine, _ in pairs]
         there = [theirs for _, theirs in pairs]
-        with child(_echo, there):
+        with child(server, there):
             for sock in there:
                 sock.close()
             try:
@@ -99,7 +109,16 @@ def echoes(count: int) -> Iterator[list[socket.socket]]:
 
 
 def _echo(connection: Connection, socks: list[socket.socket]) -> None:
-    """In a child: until its starter closes the pipe."""
+    answer(connection, socks, lambda data: data, lambda: None)
+
+
+def answer(
+    connection: Connection,
+    socks: list[socket.socket],
+    reply: Callable[[memoryview], bytes | memoryview],
+    afterwards: Callable[[], None],
+) -> None:
+    """In a child, until its starter closes the pipe: reply to what arrives, then do what is left to do."""
     buffer = memoryview(bytearray(1 << 16))
     by_descriptor = {sock.fileno(): sock for sock in socks}
     with select.epoll() as epoll:
@@ -114,7 +133,8 @@ def _echo(connection: Connection, socks: list[socket.socket]) -> None:
                 sock = by_descriptor[descriptor]
                 count = sock.recv_into(buffer)
                 if count:
-                    sock.send(buffer[:count])
+                    sock.send(reply(buffer[:count]))
+                    afterwards()
                 else:
                     epoll.unregister(descriptor)
 

@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import repeat
+from multiprocessing.connection import Connection
 from socket import socket
 from time import perf_counter
 from typing import Any
@@ -14,14 +15,16 @@ from typing import Any
 from msgpack import packb
 
 from strictflow_mp import StrictFlow, Task, write
+from strictflow_mp.arguments import pack_arguments, unpack_arguments
+from strictflow_mp.gate import GateKeeper
 from strictflow_mp.processes import Identity
 from strictflow_mp.segment import Segment
 from strictflow_mp.store import StoreWriter
-from strictflow_mp.values import pack, pack_key
-from strictflow_mp.wire import CALL, pack_frame
+from strictflow_mp.values import pack, pack_key, unpack
+from strictflow_mp.wire import CALL, RESULT, pack_frame, unpack_frame
 
 from .measure import Bound, Outcome, Run, Size, compare, figure
-from .peers import echo, manager_counter, redis_client
+from .peers import answer, echo, manager_counter, redis_client, served
 from .reads import VALUE
 
 BATCH = 1000
@@ -93,6 +96,54 @@ def round_trip(size: Size) -> Outcome:
         return compare(one_by_one(add), echoed(sock), size, peer_is="echo", note=f"{len(REQUEST)} bytes")
 
 
+def run_and_commit(connection: Connection, socks: list[socket]) -> None:
+    """In a child: an echo that runs each P1 and commits it, with its receipt, before it answers."""
+    key, current = pack_key("counter"), pack(0)
+    with stored(10) as (segment, writer):
+        gate = GateKeeper(segment, secrets.token_hex(6))
+
+        def run(request: memoryview) -> bytes:
+            nonlocal current
+            _, number, _, (arguments,), flag, _ = unpack_frame(request)
+            args, kwargs = unpack_arguments(arguments)
+            current = pack(increment(unpack(current), *args, **kwargs))
+            frame = pack_frame(RESULT, number, (current,))
+            writer.receipts.add((1, flag, number, 1, frame))
+            writer.commit({key: current})
+            gate.finish({1: flag})
+            writer.receipts.acknowledge(1, number)
+            return frame
+
+        answer(connection, socks, run, writer.tidy)
+
+
+def asked(sock: socket) -> Run:
+    """Pack a P1, send it, wait for the answer, unpack it."""
+    buffer = memoryview(bytearray(1 << 16))
+
+    def run(count: int) -> float:
+        began = perf_counter()
+        for number in range(1, count + 1):
+            sock.send(pack_frame(CALL, number, 0, [pack_arguments((1,), {})], number, number - 1))
+            received = sock.recv_into(buffer)
+            unpack(unpack_frame(buffer[:received])[2][0])
+        return perf_counter() - began
+
+    return run
+
+
+@figure("an echo that runs and commits ÷ raw echo of the same bytes")
+def least(size: Size) -> Outcome:
+    """The floor of `round_trip`: what no P1 of ours can be without, one step after the other in one loop.
+
+    Both ends pack and unpack; the server runs the function, writes cell, path, receipt and record, flips the version,
+    lowers the flag, and answers. No future, no lock, no flag that is raised, no transaction to be undone, no queue,
+    no other process that might ask, nobody who could die.
+    """
+    with served(run_and_commit, 1) as (one,), echo() as sock:
+        return compare(asked(one), echoed(sock), size, peer_is="echo")
+
+
 @figure("P1, submit to result ÷ Manager RLock + get + set", Bound("≤", 0.2))
 def against_manager(size: Size) -> Outcome:
     """An atomic read-modify-write of a counter in another process. Ours: the P1 of `round_trip`.
@@ -142,6 +193,13 @@ def pipelined(size: Size) -> Outcome:
 
 @contextmanager
 def store(keys: int) -> Iterator[StoreWriter]:
+    """The writer of a store of that many keys."""
+    with stored(keys) as (_, writer):
+        yield writer
+
+
+@contextmanager
+def stored(keys: int) -> Iterator[tuple[Segment, StoreWriter]]:
     """A store of that many keys, in a segment of its own, without a coordinator."""
     segment = Segment.create(secrets.token_hex(6), "bench", capacity=1 << 30, slots=2, identity=Identity.mine())
     try:
@@ -150,7 +208,7 @@ def store(keys: int) -> Iterator[StoreWriter]:
         payload = packb(VALUE)
         for begin in range(0, keys, 10_000):
             writer.publish({pack_key(f"key:{n}"): payload for n in range(begin, min(keys, begin + 10_000))})
-        yield writer
+        yield segment, writer
     finally:
         segment.unlink()
         segment.close()

@@ -113,17 +113,15 @@ class Runner:
         # The rest while they are read.
         self._burst.tidy()
         now = time.perf_counter_ns()
-        ran: list[Call] = []
+        ran = [job for job in jobs if job.state is not State.CANCELLED]
         for job in jobs:
             session = job.session
             if session is not None:
                 session.queued -= 1
                 if not session.is_open:
                     self._sessions.has_leavers = True
-            if job.state is not State.CANCELLED:
-                ran.append(job)
-                if job.future is not None:
-                    job.future.settle(job.outcome, job.failure)
+            elif job.future is not None and job.state is not State.CANCELLED:
+                job.future.settle(job.outcome, job.failure)
         self.counters[1].ran_all(now, ran)
 
     def _run_write(self, job: Call, burst: Burst) -> None:
@@ -137,7 +135,6 @@ class Runner:
                 burst.apply(job.changes, job)
                 return
             transaction = self._inside.transaction = self._transaction
-            transaction.begin()
             try:
                 self._marker.mark(job.owner, job.number)
                 audit("strictflow_mp.task.marked")
@@ -145,12 +142,14 @@ class Runner:
                     logger.debug("%s starts", function.name, extra=function.fields)
                 args, kwargs = unpack_arguments(job.arguments)
                 key = function.key
+                call = self._call if function.timeout is None else self._call_in_time
                 if key is None:
-                    result = self._call(function, args, kwargs)
+                    transaction.begin()
+                    result = call(function, args, kwargs)
                     changes = transaction.changes()
                     job.payload = pack_result(result, job)
                 else:
-                    result = self._call(function, (transaction.take_out(key), *args), kwargs)
+                    result = call(function, (transaction.take_out(key), *args), kwargs)
                     if result is None:
                         raise self._aborted(function)
                     job.payload = pack(result, function.path)
@@ -178,17 +177,15 @@ class Runner:
             key=function.plain_key,
         )
 
-    def _call(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call a P1's function within its time. A coroutine is run to its end, alone."""
-        if function.timeout is None:
-            result = function.function(*args, **kwargs)
-            return run_alone(result) if type(result) is CoroutineType else result
+    @staticmethod
+    def _call(function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Call a P1's function. A coroutine is run to its end, alone."""
+        result = function.function(*args, **kwargs)
+        return run_alone(result) if type(result) is CoroutineType else result
 
-        def call() -> Any:
-            result = function.function(*args, **kwargs)
-            return run_alone(result) if type(result) is CoroutineType else result
-
-        return self._in_time(function, function.timeout, call)
+    def _call_in_time(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        assert function.timeout is not None
+        return self._in_time(function, function.timeout, lambda: self._call(function, args, kwargs))
 
     def _overrun(self, name: str, timeout: float) -> TaskTimeout:
         return TaskTimeout(

@@ -75,6 +75,10 @@ class Scheduler(Generic[J]):
         """A task has arrived."""
         (self._writes if job.priority == 1 else self._reads).append(job)
 
+    def submit_all(self, jobs: list[J]) -> None:
+        """Several tasks of one priority have arrived."""
+        (self._writes if jobs[0].priority == 1 else self._reads).extend(jobs)
+
     def cancel(self, owner: int, number: int) -> J | None:
         """Take a task back; None when it has started already, or is unknown.
 

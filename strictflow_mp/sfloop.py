@@ -321,13 +321,11 @@ class SFLoop:
         if session.queued + len(calls) > self._max_pending + 1:
             raise ProtocolError(f"more than {self._max_pending} of its tasks are queued")
         session.queued += len(calls)
-        submit = self.scheduler.submit
         if first.number and session.answered is None and not self._is_refusing:
-            for call in calls:
-                submit(call)
+            self.scheduler.submit_all(calls)
         else:
             for call in calls:
-                submit(call)
+                self.scheduler.submit(call)
                 self._settle_at_once(session, call)
 
     def _settle_at_once(self, session: Session, call: Call) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from operator import attrgetter
 from typing import Any
 
 __all__ = ["Counters", "FlowStats", "Latency", "WorkerStats"]
@@ -86,6 +87,9 @@ class FlowStats:
         return cls(**plain)
 
 
+_arrived, _failure = attrgetter("arrived"), attrgetter("failure")
+
+
 class Counters:
     """What the coordinator counts for one priority."""
 
@@ -102,11 +106,8 @@ class Counters:
 
     def ran_all(self, now: int, tasks: list[Any]) -> None:
         """Several tasks were answered at that time; each says when it `arrived` and whether it has a `failure`."""
-        append = self._latencies.append
-        for task in tasks:
-            append(now - task.arrived)
-            if task.failure is not None:
-                self.failed += 1
+        self._latencies.extend(map(now.__sub__, map(_arrived, tasks)))
+        self.failed += len(tasks) - [*map(_failure, tasks)].count(None)
         self.run += len(tasks)
 
     def latency(self) -> Latency:

@@ -101,5 +101,8 @@ class Marker:
                 error = thrown
 
     def __repr__(self) -> str:
-        word = self._words[W_SUSPECT]
+        try:
+            word = self._words[W_SUSPECT]
+        except ValueError:
+            return "<Marker in a segment that is closed>"
         return f"<Marker: {f'slot {word >> SLOT_SHIFT & 0x7FFF}' if word else 'nothing'}>"

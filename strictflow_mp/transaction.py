@@ -79,10 +79,13 @@ class Burst:
     def _version(self) -> Version:
         return Version(self._writer.version, *self._writer.tree)
 
-    def value(self, key: bytes, packed: bytes) -> Any:
-        """What *packed*, just looked up for *key*, stands for: the caller's own copy."""
+    def take(self, key: bytes) -> tuple[bytes | None, Any]:
+        """As `lookup`, and what that stands for, which is the caller's own copy; None, `_GONE` when absent."""
+        packed = self._changes[key] if key in self._changes else self._committed(key)
+        if packed is None:
+            return None, _GONE
         # What cannot change in place needs no copy: a counter is unpacked once a burst.
-        return self._plain[key] if key in self._plain else unpack(packed)
+        return packed, self._plain[key] if key in self._plain else unpack(packed)
 
     def put(self, key: bytes, packed: bytes, value: Any, call: Any) -> None:
         """As `apply`, for a task that has given one key the value *value*, and changed nothing else.
@@ -197,21 +200,19 @@ class Transaction(MutableMapping[Any, Any]):
         self._before: bytes | None = None
 
     def begin(self) -> None:
-        """Another task of the burst begins."""
+        """Another task of the burst begins, one without a key."""
         self._taken = b""
         if self._entries:
             self._entries = {}
 
     def take_out(self, packed_key: bytes) -> Any:
-        """A keyed task's first argument: the private copy of its key's value, None when absent."""
+        """Another task of the burst begins, a keyed one. Its first argument: its own copy of the value, or None."""
         # No entry of its own: most keyed tasks look at nothing else, and give back the new value themselves.
-        before = self._before = self._burst.lookup(packed_key)
+        if self._entries:
+            self._entries = {}
         self._taken = packed_key
-        if before is None:
-            self._value = _GONE
-            return None
-        value = self._value = self._burst.value(packed_key, before)
-        return value
+        self._before, self._value = before, value = self._burst.take(packed_key)
+        return None if before is None else value
 
     def put_back(self, packed: bytes, value: Any, call: Any) -> None:
         """Hand to the burst what a keyed task has changed, by its return value *value* and besides.

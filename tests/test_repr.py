@@ -9,6 +9,11 @@ import pytest
 from holding import held
 
 from strictflow_mp import StrictFlow, read, write
+from strictflow_mp.gate import GateKeeper
+from strictflow_mp.processes import Identity
+from strictflow_mp.segment import Segment
+from strictflow_mp.store import StoreWriter
+from strictflow_mp.suspect import Marker
 
 PLAIN = re.compile(r"<\S+ object at 0x")
 
@@ -84,3 +89,11 @@ def test_in_the_coordinator(flow):
     found, state = look_while_async().result()
     check(found, {"Runner"})
     assert "shown" in state
+
+
+def test_when_the_segment_is_closed():
+    segment = Segment.create("0" * 12, "closed", capacity=1 << 20, slots=2, identity=Identity(1, 1, 0, 0))
+    things = [Marker(segment), GateKeeper(segment, "0" * 12), StoreWriter(segment, "closed"), segment]
+    segment.close()
+    segment.unlink()
+    assert {type(thing).__name__ for thing in things if PLAIN.match(repr(thing))} == set()

@@ -183,6 +183,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.queued.append(job)
         self.scheduler.submit(job)
 
+    @rule(owner=OWNERS, priority=st.sampled_from([1, 2]), count=st.integers(1, 4))
+    def submit_several(self, owner: int, priority: int, count: int) -> None:
+        first = self.last_number[owner] + 1
+        self.last_number[owner] += count
+        jobs = [Job(owner, number, priority) for number in range(first, first + count)]
+        self.queued += jobs
+        self.scheduler.submit_all(jobs)
+
     @rule(owner=OWNERS, number=st.integers(1, 30))
     def cancel(self, owner: int, number: int) -> None:
         expected = next((job for job in self.queued if (job.owner, job.number) == (owner, number)), None)
