@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from watched import Watched, WatchedSegment, nothing, watched_shape
+from watched import Watched, WatchedSegment, nothing, watched_mould, watched_shape
 
 from strictflow_mp import segment as segments
 from strictflow_mp import state as states
@@ -34,6 +34,7 @@ from strictflow_mp.state import FlowState
 from strictflow_mp.store import Found, PinnedVersions, Pins, StoreReader, StoreWriter, Version, commit
 from strictflow_mp.store import arena as arenas
 from strictflow_mp.store import reader as readers
+from strictflow_mp.store import trie as tries
 from strictflow_mp.store.arena import Arena, block_size
 from strictflow_mp.store.reader import HOPS
 from strictflow_mp.store.trie import CELL_HEAD, FANOUT, KEY_SHIFT, NEXT, NODE, PAYLOAD_MASK, Hash, cell_words, walk
@@ -41,6 +42,14 @@ from strictflow_mp.words import WORD
 
 LIKE_A_NODE = (NODE - CELL_HEAD - 1) * WORD
 """Bytes of payload that make a cell, with a key of up to 8 bytes, as large as a node: so it reuses one's memory."""
+
+
+@pytest.fixture(autouse=True)
+def _word_by_word(monkeypatch):
+    """Watched cells are filled, and taken apart, so that whatever may happen in between does."""
+    monkeypatch.setattr(readers, "shape", watched_shape)
+    monkeypatch.setattr(states, "shape", watched_shape)
+    monkeypatch.setattr(tries, "mould", watched_mould)
 
 
 class Store:
@@ -416,13 +425,6 @@ def test_whatever_is_committed_between_two_loads_a_read_returns_a_value_of_its_t
     assert again or commits < 12
 
 
-@pytest.fixture
-def _word_by_word(monkeypatch):
-    """Watched cells are taken apart so that whatever may happen in between does."""
-    monkeypatch.setattr(readers, "shape", watched_shape)
-    monkeypatch.setattr(states, "shape", watched_shape)
-
-
 class Follower:
     """Reads one key again and again, from what it found the last time."""
 
@@ -473,7 +475,7 @@ class OfState:
 
 
 @pytest.fixture(params=[Follower, OfState])
-def following(request, monkeypatch, _word_by_word):
+def following(request, monkeypatch):
     monkeypatch.setattr(states, "unpack_frozen", bytes)
     monkeypatch.setattr(states, "pack_key", bytes)
     return request.param

@@ -10,7 +10,7 @@ from typing import Any
 from strictflow_mp.segment import W_VERSION, Segment
 from strictflow_mp.store import Take, shape
 from strictflow_mp.store.reader import CELL_HEAD
-from strictflow_mp.store.trie import KEY_SHIFT, PAYLOAD_MASK
+from strictflow_mp.store.trie import KEY_SHIFT, PAYLOAD_MASK, Fill, mould
 from strictflow_mp.words import WORD
 
 
@@ -56,6 +56,22 @@ def watched_shape(lengths: int) -> Take:
         return birth, found, following, bytes(buffer[body : body + length])
 
     return take
+
+
+def watched_mould(lengths: int) -> Fill:
+    """As `mould`; a watched view is filled word by word."""
+    padded = (lengths >> KEY_SHIFT) + 7 & -8
+
+    def fill(buffer: Any, start: int, *words: Any) -> None:
+        if not isinstance(buffer, Watched):
+            mould(lengths)(buffer, start, *words)
+            return
+        *head, key, payload = words
+        for word in (*(number.to_bytes(WORD, "little") for number in head), key.ljust(padded, b"\0"), payload):
+            buffer[start : start + len(word)] = word
+            start += len(word)
+
+    return fill
 
 
 class WatchedSegment(Segment):

@@ -71,8 +71,6 @@ PAYLOAD_MASK = (1 << KEY_SHIFT) - 1
 
 _EMPTY = bytes(FANOUT * WORD)
 
-_pack_head = struct.Struct("=4Q").pack
-
 
 SHAPES = 1 << 12
 """Shapes of cells that are kept."""
@@ -122,6 +120,17 @@ def shape(lengths: int) -> Take:
     key, payload = lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK
     take: Take = struct.Struct(f"=Q8xQQ{key + 7 & -8}x{payload}s").unpack_from
     return take
+
+
+Fill = Callable[[memoryview, int, int, int, int, int, bytes, bytes], None]
+"""Fills the cell at a byte: birth, hash, lengths, next, key, payload."""
+
+
+@lru_cache(SHAPES)
+def mould(lengths: int) -> Fill:
+    """What fills a cell with that word of lengths, in one call."""
+    key, payload = lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK
+    return struct.Struct(f"=4Q{key + 7 & -8}s{payload}s").pack_into
 
 
 def cell_words(key_length: int, payload_length: int) -> int:
@@ -211,22 +220,16 @@ class Trie:
         index = pointer >> 1
         return int(self._words[index if pointer & 1 else index - 1])
 
-    def new_cell(self, key: bytes, digest: int, payload: bytes | bytearray | memoryview) -> int:
+    def new_cell(self, key: bytes, digest: int, payload: bytes) -> int:
         """Write a cell; return its pointer.
 
         Raises:
             StateFull: there is no room; nothing was changed.
         """
         key_length, length = len(key), len(payload)
-        head_words = CELL_HEAD + (key_length + 7 >> 3)
-        index = self._arena.allocate(head_words + (length + 7 >> 3))
-        start = index * WORD
-        buffer = self._buffer
-        middle = start + CELL_HEAD * WORD
-        buffer[start:middle] = _pack_head(self.version, digest, key_length << KEY_SHIFT | length, 0)
-        buffer[middle : middle + key_length] = key
-        body = start + head_words * WORD
-        buffer[body : body + length] = payload
+        lengths = key_length << KEY_SHIFT | length
+        index = self._arena.allocate(CELL_HEAD + (key_length + 7 >> 3) + (length + 7 >> 3))
+        mould(lengths)(self._buffer, index * WORD, self.version, digest, lengths, 0, key, payload)
         pointer = index << 1 | 1
         self.made.append(pointer)
         return pointer
@@ -336,7 +339,7 @@ class Trie:
         """A cell's key."""
         index = cell >> 1
         start = (index + CELL_HEAD) * WORD
-        return bytes(self._buffer[start : start + (self._words[index + 2] >> KEY_SHIFT)])
+        return self._buffer[start : start + (self._words[index + 2] >> KEY_SHIFT)].tobytes()
 
     def _set(self, parent: int, pointer: int) -> None:
         if parent < 0:
