@@ -546,7 +546,7 @@ class Client:
             resident = Place.of(self.name).resident()
             if resident is not None and PREFIX + resident.token != attachment.segment.name:
                 return False  # it serves another flow of this name
-            if resident is not None and resident.pid == attachment.coordinator and not resident.identity.is_dead():
+            if resident is not None and resident.pid == attachment.coordinator and not resident.identity.is_ending():
                 return now - attachment.dead_since < EXPELLED
         elif attachment.owner is None or attachment.owner.is_dead():
             return False

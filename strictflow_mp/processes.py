@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 __all__ = ["Child", "Identity", "launch", "let_interrupts_in", "open_pidfd", "wait_for_end"]
 
 
+PROC = "/proc"
+EXITING = 0x4
+"""PF_EXITING among the flags in a process's stat: it runs nothing more of its program, and lets go of all it has."""
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields of a process's stat behind its name: state, parent, and so on."""
+    with open(f"{PROC}/{pid}/stat", "rb") as file:
+        return file.read().rpartition(b")")[2].split()
+
+
 def start_time(pid: int) -> int | None:
     """When a process started, in clock ticks since boot; None when we see no such process, 0 when we may not look.
 
@@ -27,8 +38,7 @@ def start_time(pid: int) -> int | None:
     instructions.
     """
     try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
+        fields = _stat(pid)
     except (FileNotFoundError, ProcessLookupError):
         return None
     except OSError:
@@ -101,6 +111,15 @@ class Identity(NamedTuple):
             # hidepid= hides the directory of a process that lives, or there is no /proc; the kernel still knows it.
             return _is_zombie_or_gone(self.pid)
         return now not in (self.start, 0)
+
+    def is_ending(self) -> bool:
+        """Whether it is dead or about to be: what it has open is closed one by one, and may be half of it by now."""
+        if self.is_dead():
+            return True
+        try:
+            return self.is_here and bool(int(_stat(self.pid)[6]) & EXITING)
+        except OSError:
+            return False
 
 
 def _is_zombie_or_gone(pid: int) -> bool:

@@ -8,6 +8,7 @@ differ by a tenth. Who makes a path longer with good reason raises its limit.
 
 from __future__ import annotations
 
+import secrets
 import sys
 import threading
 from collections.abc import Callable
@@ -152,7 +153,7 @@ def p1(prepare: Callable[[], None] = lambda: None) -> int:
 def commit() -> int:
     """One commit of one key among 1,000, on the average: how deep a key lies depends on the flow's hash."""
     identity = Identity.mine()
-    segment = Segment.create("0" * 12, "cost", capacity=1 << 24, slots=2, identity=identity)
+    segment = Segment.create(secrets.token_hex(6), "cost", capacity=1 << 24, slots=2, identity=identity)
     try:
         writer = StoreWriter(segment, "cost")
         writer.create()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import re
+import secrets
 
 import pytest
 from holding import held
@@ -92,8 +93,8 @@ def test_in_the_coordinator(flow):
 
 
 def test_when_the_segment_is_closed():
-    segment = Segment.create("0" * 12, "closed", capacity=1 << 20, slots=2, identity=Identity(1, 1, 0, 0))
-    things = [Marker(segment), GateKeeper(segment, "0" * 12), StoreWriter(segment, "closed"), segment]
+    segment = Segment.create(secrets.token_hex(6), "closed", capacity=1 << 20, slots=2, identity=Identity(1, 1, 0, 0))
+    things = [Marker(segment), GateKeeper(segment, secrets.token_hex(6)), StoreWriter(segment, "closed"), segment]
     segment.close()
     segment.unlink()
     assert {type(thing).__name__ for thing in things if PLAIN.match(repr(thing))} == set()

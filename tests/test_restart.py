@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import subprocess
 import threading
 import types
 from collections.abc import Callable, Generator, Iterator
@@ -24,6 +25,8 @@ from strictflow_mp import (
     StrictFlow,
     TaskCrashed,
     TaskTimeout,
+    client,
+    processes,
     read,
     suspect,
     takeover,
@@ -32,7 +35,7 @@ from strictflow_mp import (
 from strictflow_mp import owner as owners
 from strictflow_mp.failures import unpack_failure
 from strictflow_mp.gate import GateKeeper, Tenancy
-from strictflow_mp.processes import Identity
+from strictflow_mp.processes import EXITING, Identity
 from strictflow_mp.rendezvous import Place
 from strictflow_mp.segment import (
     SERVING,
@@ -686,3 +689,30 @@ def test_only_the_function_that_was_loaded_at_each_of_four_deaths_in_a_row_is_gi
         assert die(load=6) == [5, loading_seq(6)]
         assert remains.verdicts()[remains.tenants[2], loading_seq(6)] == b""
         assert suspect_of(segment) == (2, 6, True, False)
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_coordinator_that_has_closed_a_connection_since_it_dies_has_not_meant_it(monkeypatch, tmp_path, ends):
+    with StrictFlow("ending", state={}) as flow:
+        pid = flow.stats().coordinator_pid
+        fields = Path(f"/proc/{pid}/stat").read_text().split()
+        assert fields[1].endswith(")")  # its name is one word
+        fields[8] = str(int(fields[8]) | EXITING if ends else int(fields[8]) & ~EXITING)
+        attachment = flow._client.attach()
+        (tmp_path / str(pid)).mkdir()
+        (tmp_path / str(pid) / "stat").write_text(" ".join(fields))
+        monkeypatch.setattr(client, "EXPELLED", 0)
+        monkeypatch.setattr(processes, "PROC", str(tmp_path))
+        assert not Place.of(flow.name).resident().identity.is_dead()
+        assert flow._client._may_return(attachment) is ends
+        monkeypatch.undo()
+        attachment.dead_since = None
+
+
+def test_a_process_ends_when_it_is_dead_and_not_before():
+    process = subprocess.Popen(["sleep", "600"])
+    identity = Identity.of(process.pid)
+    assert not identity.is_ending()
+    process.kill()
+    process.wait()
+    assert identity.is_ending()
