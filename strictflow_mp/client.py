@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pickle
 import select
+import socket
 import sys
 import threading
 import time
@@ -26,7 +27,7 @@ from . import functions, wire
 from .arguments import pack_arguments
 from .aside import dismiss
 from .attachment import Attachment
-from .connection import reach, try_to_reach
+from .connection import reach, take_leave, try_to_reach
 from .core import logger
 from .errors import (
     FAULTS,
@@ -102,19 +103,24 @@ class Client:
             attachment = self._attachment
             if attachment is not None and not attachment.is_lost:
                 return attachment
+            opened: list[socket.socket] = []
+            reading = Turn(Client.wait.__code__, Client._serve.__code__)
+            welcome = None
             try:
-                stream, welcome = reach(self.name, 0.0 if self.is_stopped else timeout)
-                try:
-                    reading = Turn(Client.wait.__code__, Client._serve.__code__)
-                    attachment = Attachment(self.name, stream, welcome, partial(Port, self), reading)
-                except (OSError, KeyError, posix_ipc.Error) as error:
-                    stream.close()
-                    raise FlowNotRunning(f"it ended while this process attached ({error!r})") from error
-            except StrictFlowError as error:
-                raise error.of(self.name) from error.__cause__
-            self.is_stopped = False
-            audit("strictflow_mp.attach.welcomed")
-            self._attachment = attachment
+                stream, welcome = reach(self.name, 0.0 if self.is_stopped else timeout, opened)
+                attachment = Attachment(self.name, stream, welcome, partial(Port, self), reading)
+                self.is_stopped = False
+                audit("strictflow_mp.attach.welcomed")
+                self._attachment = attachment
+            except BaseException as error:
+                for sock in opened:
+                    take_leave(sock)
+                if isinstance(error, StrictFlowError):
+                    raise error.of(self.name) from error.__cause__
+                if welcome is not None and isinstance(error, (OSError, KeyError, posix_ipc.Error)):
+                    text = f"it ended while this process attached ({error!r})"
+                    raise FlowNotRunning(text, flow=self.name) from error
+                raise
             self._bind(attachment, attachment.segment.words[W_EPOCH])
             return attachment
 
@@ -183,7 +189,8 @@ class Client:
             if gate.is_open():
                 pass
             elif gate.is_stopped():
-                return self._reattach(attachment).reader
+                self._reattach(attachment)
+                continue  # at the gate of that one
             else:
                 if deadline is None:
                     deadline = time.monotonic() + attachment.gate_timeout
@@ -191,7 +198,8 @@ class Client:
             # Behind the gate, not ahead of it: when our flag has been lifted, RESTARTS has moved before.
             if not attachment.is_outdated:
                 if gate.is_stopped():
-                    return self._reattach(attachment).reader
+                    self._reattach(attachment)
+                    continue
                 return attachment.reader
             self._come_back(attachment, attachment.stream, deadline)
             if deadline is not None and time.monotonic() >= deadline:
@@ -210,12 +218,12 @@ class Client:
             flow=self.name,
         )
 
-    def _reattach(self, attachment: Attachment) -> Attachment:
+    def _reattach(self, attachment: Attachment) -> None:
         condemned = attachment.gate.is_condemned()
         self._lose(attachment)
         self.is_stopped = True
         try:
-            return self.attach()
+            self.attach()
         except FlowNotRunning:
             if condemned:
                 raise gone(attachment) from None

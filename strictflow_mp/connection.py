@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from typing import Any
@@ -12,15 +13,18 @@ from .processes import Identity
 from .rendezvous import Place
 from .wire import Stream
 
-__all__ = ["reach", "try_to_reach"]
+__all__ = ["reach", "take_leave", "try_to_reach"]
 
 BUSY = 60.0
 """Seconds that the handshake may take: SF-LOOP has no time for it while a P1 runs."""
 RETRY = 0.005
 
 
-def reach(name: str, timeout: float) -> tuple[Stream, dict[str, Any]]:
+def reach(name: str, timeout: float, opened: list[socket.socket]) -> tuple[Stream, dict[str, Any]]:
     """Connect to a flow's coordinator; return the connection and its welcome.
+
+    Args:
+        opened: takes what is connected, to `take_leave` of it when an exception comes before it is used.
 
     Raises:
         FlowNotRunning: none appeared within *timeout* seconds, or the one that is there runs a P1 task all the time.
@@ -28,7 +32,7 @@ def reach(name: str, timeout: float) -> tuple[Stream, dict[str, Any]]:
     """
     deadline = time.monotonic() + timeout
     while True:
-        reached = try_to_reach(name)
+        reached = try_to_reach(name, opened=opened)
         if reached is not None:
             return reached
         if time.monotonic() >= deadline:
@@ -41,7 +45,10 @@ def reach(name: str, timeout: float) -> tuple[Stream, dict[str, Any]]:
 
 
 def try_to_reach(
-    name: str, resume: tuple[int, int, int] | None = None, patience: float = BUSY
+    name: str,
+    resume: tuple[int, int, int] | None = None,
+    patience: float = BUSY,
+    opened: list[socket.socket] | None = None,
 ) -> tuple[Stream, dict[str, Any]] | None:
     """Try once; None when nobody is there, or it ended half-way.
 
@@ -49,6 +56,7 @@ def try_to_reach(
         resume: slot and tenant number that a former coordinator of the flow gave us, and the number of our first P1
             that it did not answer (0: none).
         patience: seconds that the handshake may take.
+        opened: as in `reach`.
 
     Raises:
         TooManyWorkers, ProtocolError, CoordinatorLost: it does not take us.
@@ -62,6 +70,8 @@ def try_to_reach(
         place.check()
         authkey = place.authkey()
         sock = handshake.connect(place.socket, authkey, patience)
+        if opened is not None:
+            opened.append(sock)
     except (FileNotFoundError, ConnectionError):
         return None
     except (BlockingIOError, TimeoutError):  # nobody has accepted us in time; or the backlog is full
@@ -94,8 +104,23 @@ def try_to_reach(
             raise _kept_waiting(name, patience) from None
         return None
     except BaseException:
-        sock.close()
+        if opened is None:
+            sock.close()
         raise
+
+
+def take_leave(sock: socket.socket) -> None:
+    """Close a connection of which nothing is used.
+
+    The coordinator may have let us in already, and would keep the slot for as long as this process lives, unless it
+    hears that the slot is not touched.
+    """
+    try:
+        sock.setblocking(False)
+        sock.send(wire.pack_frame(wire.GOODBYE))
+    except OSError:
+        pass  # it has closed its end, and knows
+    sock.close()
 
 
 def _kept_waiting(name: str, seconds: float) -> FlowNotRunning:

@@ -1,7 +1,8 @@
 """The gate: the P1 flag, and where readers wait for it.
 
-Owns: SUBMITTED, FINISHED, WAITING, WAITS and WAITED of every slot, and one named semaphore for each slot.
-Written by: SUBMITTED, WAITING, WAITS, WAITED by the slot's process; FINISHED, and all words of slot 0, by
+Owns: SUBMITTED, FINISHED, WAITING, WAITS and WAITED of every slot, and one named semaphore for each slot; REACH,
+    and with `takeover` EPOCH.
+Written by: SUBMITTED, WAITING, WAITS, WAITED by the slot's process; FINISHED, all words of slot 0, REACH and EPOCH by
     the coordinator, which also makes and unlinks the semaphores.
 Read by: everybody.
 Order: **the flag is up while submitted[i] > finished[i] for some i.**

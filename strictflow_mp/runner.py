@@ -135,6 +135,7 @@ class Runner:
                 burst.apply(job.changes, job)
                 return
             transaction = self._inside.transaction = self._transaction
+            transaction.begin()
             try:
                 self._marker.mark(job.owner, job.number)
                 audit("strictflow_mp.task.marked")
@@ -144,7 +145,6 @@ class Runner:
                 key = function.key
                 call = self._call if function.timeout is None else self._call_in_time
                 if key is None:
-                    transaction.begin()
                     result = call(function, args, kwargs)
                     changes = transaction.changes()
                     job.payload = pack_result(result, job)

@@ -1,6 +1,6 @@
 """The scheduler: which task SF-LOOP runs next. Decisions only: no clock, no I/O, no functions called.
 
-Events in: `submit`, `cancel`, `async_started`, `async_ran`,
+Events in: `submit`, `submit_all`, `cancel`, `async_started`, `async_ran`,
 `async_ended`. Next step out: `next_step`. The loop performs it.
 
 The rules:

@@ -17,7 +17,7 @@ from .errors import ReadOnlyState, StrictFlowError
 from .gate import Gate
 from .keys import TypedMapping, TypedState
 from .segment import SERVING, W_EPOCH, W_HORIZON, W_STATUS, W_VERSION, Segment
-from .store import ARRAYS, NEXT, STRAYED, Cell, Found, Route, StoreReader, Take, Version, shape
+from .store import ARRAYS, GONE, NEXT, STRAYED, Cell, Found, Route, StoreReader, Take, Version, shape
 from .values import has_arrays, pack, pack_key, unpack_frozen, unpack_key
 from .words import WEAK, WORD
 
@@ -293,7 +293,7 @@ class FlowState(TypedState):
                 # As `StoreReader.follow`, spelled out for what happens most: the cell is still the last, or one of the
                 # same lengths is. A call, and what it returns, would take a fifth of the time.
                 following = words[place + NEXT]
-                if following:
+                if following > GONE:
                     try:
                         birth, found, beyond, payload = take(reader.buffer, (following >> 1) * WORD)
                     except STRAYED:
@@ -308,7 +308,7 @@ class FlowState(TypedState):
                         return self._follow(bound, key, version, entry, found)
                     value = unpack_frozen(payload)
                     place = following >> 1
-                elif words[W_HORIZON] > since:
+                elif following or words[W_HORIZON] > since:
                     return self._look_up(bound, key, route, entry)
                 entries[key] = (version, value, birth, size, route, place, lengths, take)
                 return value
@@ -319,12 +319,7 @@ class FlowState(TypedState):
         scoped = scope.get()
         if scoped is not None and self._host.name in scoped:
             return scoped[self._host.name][key]
-        words, epoch = self._bound[2], self._bound[6]
-        seen = epoch if words is None else words[W_EPOCH]
-        reader = self._host.pass_gate()
-        if seen != epoch:
-            # Another coordinator serves, and knows all that this process had submitted; or there are more slots.
-            self._host.rebind(reader, seen)
+        reader = self._pass_gate()
         bound = self._bound
         if bound[5] is not reader:
             bound = _unbound(reader)  # another thread is about to bind or has unbound
@@ -334,6 +329,16 @@ class FlowState(TypedState):
             entry = None  # unhashable: pack_key says what is wrong with it
         route = reader.route(_packed_key(key, self._host.name)) if entry is None else entry[4]
         return self._look_up(bound, key, route, entry)
+
+    def _pass_gate(self) -> StoreReader:
+        """Pass the gate at length; look at what there is to be looked at now, if that has changed."""
+        _, _, words, _, _, bound_reader, epoch = self._bound
+        seen = epoch if words is None else words[W_EPOCH]
+        reader = self._host.pass_gate()
+        if seen != epoch and reader is bound_reader:
+            # Another coordinator serves, and knows all that this process had submitted; or there are more slots.
+            self._host.rebind(reader, seen)
+        return reader
 
     def _follow(self, bound: Bound, key: Any, version: int, former: Entry, lengths: int) -> Any:
         """The value of a key, from what was known of it; the gate has been passed, then VERSION and EPOCH loaded."""
@@ -408,7 +413,7 @@ class FlowState(TypedState):
 
     def snapshot(self, *, gated: bool = True) -> Snapshot:
         """A view of one version, behind the gate or not."""
-        enter = self._host.pass_gate if gated else self._host.reader
+        enter = self._pass_gate if gated else self._host.reader
         return Snapshot(self._host.name, enter, lambda: self._reader_at_once(gated))
 
     def _reader_at_once(self, gated: bool) -> StoreReader | None:
@@ -417,7 +422,7 @@ class FlowState(TypedState):
         if words is None or (gated and submitted != finished):
             return None
         # Behind the gate, as in `Client.pass_gate`. A version that is pinned from here on has all that was finished.
-        is_served = words[W_STATUS] == SERVING and words[W_EPOCH] == epoch
+        is_served = words[W_STATUS] == SERVING and (words[W_EPOCH] == epoch or not gated)
         return reader if is_served else None
 
     def _snapshot(self) -> Snapshot:

@@ -50,7 +50,7 @@ class FlowStats:
 
     P2 counts are those of tasks that SF-LOOP ran; reads of ``flow.state`` in other processes cost nothing and
     are not counted. Times are seconds, sizes bytes. *version* counts commits: a task that failed or changed nothing
-    makes one too, which says so.
+    makes one too, which says so; so do a takeover, and the eighth process, the sixteenth, and so on.
     """
 
     name: str
@@ -107,7 +107,7 @@ class Counters:
     def ran_all(self, now: int, tasks: list[Any]) -> None:
         """Several tasks were answered at that time; each says when it `arrived` and whether it has a `failure`."""
         self._latencies.extend(map(now.__sub__, map(_arrived, tasks)))
-        self.failed += len(tasks) - [*map(_failure, tasks)].count(None)
+        self.failed += sum(failure is not None for failure in map(_failure, tasks))
         self.run += len(tasks)
 
     def latency(self) -> Latency:

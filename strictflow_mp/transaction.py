@@ -200,16 +200,14 @@ class Transaction(MutableMapping[Any, Any]):
         self._before: bytes | None = None
 
     def begin(self) -> None:
-        """Another task of the burst begins, one without a key."""
+        """Another task of the burst begins."""
         self._taken = b""
         if self._entries:
             self._entries = {}
 
     def take_out(self, packed_key: bytes) -> Any:
-        """Another task of the burst begins, a keyed one. Its first argument: its own copy of the value, or None."""
+        """A keyed task's first argument: the private copy of its key's value, None when absent."""
         # No entry of its own: most keyed tasks look at nothing else, and give back the new value themselves.
-        if self._entries:
-            self._entries = {}
         self._taken = packed_key
         self._before, self._value = before, value = self._burst.take(packed_key)
         return None if before is None else value

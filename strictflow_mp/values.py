@@ -39,8 +39,9 @@ _idle: list[Encoder] = []
 
 _FAULTS = (*FAULTS, UnpackException)
 
-# Numbers need none: packing them runs no Python code, so nobody can come in between.
-_NUMBERS = frozenset({int, float, bool, NoneType})
+# Numbers need none: msgpack's extension runs no Python code for them, so nobody can come in between.
+_IS_COMPILED = Packer.__module__ == "msgpack._cmsgpack"
+_NUMBERS = frozenset({int, float, bool, NoneType} if _IS_COMPILED else ())
 _pack_number: Callable[[Any], bytes] = Packer(autoreset=True).pack
 
 

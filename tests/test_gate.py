@@ -6,6 +6,7 @@ goes on waiting shows it by looking, once a slice, whether the coordinator lives
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import math
 import multiprocessing
@@ -15,15 +16,19 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import posix_ipc
 import pytest
-from holding import has_a_sleeping_reader
+from holding import has_a_sleeping_reader, held
 
 from strictflow_mp import FlowNotRunning, StateFull, StrictFlow, spin
 from strictflow_mp import gate as gate_module
+from strictflow_mp import state as states
+from strictflow_mp.client import Client
 from strictflow_mp.gate import Gate, GateKeeper, condemn, semaphore_name
 from strictflow_mp.processes import Identity
+from strictflow_mp.rendezvous import Place
 from strictflow_mp.segment import CONDEMNED, REACH, SERVING, STARTING, STOPPED, W_EPOCH, W_REACH, W_STATUS, Segment
 
 SLOTS = 8
@@ -654,57 +659,158 @@ def test_a_process_that_is_killed_leaves_no_flag_up(eventually):
             eventually(gate.is_open)
 
 
-def submit_when_asked(flow, box):
-    attached = StrictFlow.attach(flow, timeout=60)
-    attached.state["newcomer"]
-    box.send("attached")
-    while number := box.recv():
-        box.send(attached.put("newcomer", number) is not None)
-    attached.close()
+class Visitor:
+    """Another process that is attached to a flow, and does what it is told."""
+
+    def __init__(self, flow):
+        fork = multiprocessing.get_context("fork")
+        self.box, theirs = fork.Pipe()
+        self.process = fork.Process(target=self._obey, args=(flow, theirs))
+        self.process.start()
+        theirs.close()
+        assert self.box.recv() == "attached"
+
+    @staticmethod
+    def _obey(flow, box):
+        attached = StrictFlow.attach(flow, timeout=60)
+        assert attached.state["newcomer"] is not None
+        box.send("attached")
+        while command := box.recv():
+            if command == "read":
+                box.send(attached.state["newcomer"])
+            else:
+                attached.put("newcomer", command)
+                box.send("submitted")
+        attached.close()
+
+    def ask(self, command):
+        self.box.send(command)
+        return self.box.recv()
+
+    def leave(self):
+        self.box.send(None)
+        self.process.join()
 
 
 @pytest.fixture
-def visitors():
-    """Processes that a test starts: none is left."""
-    started = []
-    yield started
-    for visitor in started:
-        visitor.kill()
-        visitor.join()
+def visit():
+    """Let one more process come; none is left."""
+    visitors = []
+
+    def visit(flow):
+        visitors.append(Visitor(flow))
+        return visitors[-1]
+
+    yield visit
+    for visitor in visitors:
+        visitor.process.kill()
+        visitor.process.join()
 
 
-def test_a_read_waits_for_what_any_of_many_processes_has_submitted_before(visitors, eventually):
+@contextmanager
+def standing_still(pid):
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def read_state(flow):
+    return flow.state["newcomer"]
+
+
+def read_async_snapshot(flow):
+    async def look():
+        async with flow.snapshot() as snapshot:
+            return snapshot["newcomer"]
+
+    return asyncio.run(look())
+
+
+@pytest.mark.parametrize("read", [read_state, read_async_snapshot])
+def test_a_read_waits_for_what_any_of_many_processes_has_submitted_before(visit, eventually, read):
     """Readers look at the flags of the slots that somebody has had; here those become more, twice."""
-    fork = multiprocessing.get_context("fork")
-    pipes, reading = [], []
+    reading = []
     with StrictFlow(state={"newcomer": 0}) as flow, ThreadPoolExecutor(1) as pool:
         assert flow.state["newcomer"] == 0
         coordinator = flow.stats().coordinator_pid
         for number in range(1, 2 * REACH + 2):
-            mine, theirs = fork.Pipe()
-            visitors.append(fork.Process(target=submit_when_asked, args=(flow.name, theirs)))
-            visitors[-1].start()
-            theirs.close()
-            pipes.append(mine)
-            assert mine.recv() == "attached"
+            visitor = visit(flow.name)
             if number % 4 != 3:  # else nobody looks between one newcomer and the next
-                assert flow.state["newcomer"] == number - 1
-            os.kill(coordinator, signal.SIGSTOP)
-            try:
-                mine.send(number)
-                assert mine.recv()  # it has returned
-                reading.append(pool.submit(lambda: flow.state["newcomer"]))
+                assert read(flow) == number - 1
+            with standing_still(coordinator):
+                assert visitor.ask(number) == "submitted"
+                reading.append(pool.submit(read, flow))
                 eventually(lambda: reading[-1].done() or has_a_sleeping_reader(flow))
-            finally:
-                os.kill(coordinator, signal.SIGCONT)
             assert reading[-1].result() == number
         assert flow.state["newcomer"] == number
         assert len(flow._client.state._bound[0]) == 4 * REACH
         assert flow.stats().version == 2 * REACH + 1 + 3  # the first state, and two versions for more slots
-        for mine in pipes:
-            mine.send(0)
-        for visitor in visitors:
-            visitor.join()
+
+
+def somebody_sleeps(flow):
+    segment = flow._client.attach().segment
+    return any(segment.words[segment.waiting : segment.waiting + segment.slots].tolist())
+
+
+def test_a_process_that_goes_on_with_the_next_flow_of_a_name_looks_at_the_slots_of_that_one(visit, eventually):
+    name = f"next-{os.getpid()}"
+    first = StrictFlow(name, state={"newcomer": 1})
+    first.start_loop()
+    reader = visit(name)
+    for visitor in [visit(name) for _ in range(REACH - 1)]:  # the last one has slot 8: EPOCH moves
+        visitor.leave()
+    first.stop_loop()
+    with StrictFlow(name, state={"newcomer": 2}) as flow:
+        assert reader.ask("read") == 2
+        others = [visit(name) for _ in range(REACH - 1)]
+        assert reader.ask("read") == 2
+        flow._client.attach()
+        with standing_still(Place.of(name).resident().pid):
+            assert others[-1].ask(3) == "submitted"
+            reader.box.send("read")
+            eventually(lambda: reader.box.poll() or somebody_sleeps(flow))
+        assert reader.box.recv() == 3
+
+
+def test_a_read_that_goes_on_with_the_next_flow_of_a_name_passes_its_gate(monkeypatch, eventually):
+    name = f"next-{os.getpid()}"
+    reader, beside = Client(name, 1 << 20), Client(name, 1 << 20)
+
+    def reattach(attachment):
+        reader._lose(attachment)
+        reader._attachment = beside.attach()  # it is busy, and lets nobody in just now
+
+    with StrictFlow(name, state={"newcomer": 1}):
+        assert reader.state["newcomer"] == 1
+    with StrictFlow(name, state={"newcomer": 2}) as flow, ThreadPoolExecutor(1) as pool:
+        assert beside.state["newcomer"] == 2
+        monkeypatch.setattr(reader, "_reattach", reattach)
+        with held(flow, newcomer=3):
+            reading = pool.submit(lambda: reader.state["newcomer"])
+            eventually(lambda: reading.done() or somebody_sleeps(flow))
+        assert reading.result() == 3
+        beside.close()
+
+
+def test_async_snapshots_need_no_other_thread_for_long_when_there_are_more_slots(visit, monkeypatch):
+    asked = []
+
+    async def counted(*args):
+        asked.append(args)
+        return await waits(*args)
+
+    waits = states.waits
+    monkeypatch.setattr(states, "waits", counted)
+    with StrictFlow(state={"newcomer": 1}) as flow:
+        assert read_async_snapshot(flow) == 1
+        for _ in range(REACH - 1):
+            visit(flow.name)
+        del asked[:]
+        for _ in range(3):
+            assert read_async_snapshot(flow) == 1
+        assert len(asked) == 1
 
 
 def test_slots_that_there_is_no_room_to_tell_of_are_not_looked_at():

@@ -691,6 +691,23 @@ def test_only_the_function_that_was_loaded_at_each_of_four_deaths_in_a_row_is_gi
         assert suspect_of(segment) == (2, 6, True, False)
 
 
+def test_an_error_that_cannot_be_compared_ends_nothing(flow):
+    class Odd(Exception):
+        def __eq__(self, other):
+            return self.code == other.code
+
+        __hash__ = Exception.__hash__
+
+    @write(flow)
+    def fail():
+        raise Odd("odd")
+
+    assert str(fail().exception()) == "odd"
+    stats = flow.stats()
+    assert stats.restarts == 0
+    assert stats.tasks_failed[1] == 1
+
+
 @pytest.mark.parametrize("ends", [True, False])
 def test_a_coordinator_that_has_closed_a_connection_since_it_dies_has_not_meant_it(monkeypatch, tmp_path, ends):
     with StrictFlow("ending", state={}) as flow:

@@ -78,8 +78,9 @@ def struck(line: int, call: Callable[[], Any]) -> bool:
         file = frame.f_code.co_filename
         if not file.startswith(package):
             return None
-        # No signal is handled between the end of a block and the exit that its `with` calls, though a line is traced.
-        if event == "line" and not linecache.getline(file, frame.f_lineno).strip().startswith("with"):
+        # No signal is handled between the end of a block and the exit that its `with` calls, nor at a `try:`, which is
+        # nothing, and not guarded by the block around it; though a line is traced.
+        if event == "line" and not linecache.getline(file, frame.f_lineno).strip().startswith(("with", "try:")):
             left -= 1
             if not left:
                 raise Rung
@@ -165,6 +166,20 @@ def test_a_submit_that_is_interrupted_at_any_line_leaves_the_connection_as_it_wa
     ids = flow.state["ids"]
     assert [number for number in ids if number < 0] == [*range(-1, -line - 1, -1)]
     eventually(attachment.gate.is_open)
+
+
+def test_an_attach_that_is_interrupted_at_any_line_costs_no_place(eventually):
+    with StrictFlow("signals", state={"number": 7}, max_workers=4) as flow:
+        for line in itertools.count(1):
+            flow._client.close()
+            was_struck = struck(line, lambda: flow.state["number"])
+            assert flow.state["number"] == 7
+            segment = flow._client.attach().segment
+            pids = segment.words[segment.pids : segment.pids + segment.slots]
+            eventually(lambda pids=pids: sum(map(bool, pids.tolist())) == 1)
+            if not was_struck:
+                break
+        assert line > 100
 
 
 def test_an_interrupted_gated_read_raises_what_the_handler_raised_and_the_next_one_is_right(flow, bell):

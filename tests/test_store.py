@@ -29,7 +29,7 @@ from strictflow_mp import segment as segments
 from strictflow_mp import state as states
 from strictflow_mp.errors import ProtocolError, StateFull, StrictFlowError
 from strictflow_mp.processes import Identity
-from strictflow_mp.segment import RING, W_HORIZON, W_KEY, W_VERSION, Segment
+from strictflow_mp.segment import RING, W_EPOCH, W_HORIZON, W_KEY, W_VERSION, Segment
 from strictflow_mp.state import FlowState
 from strictflow_mp.store import Found, PinnedVersions, Pins, StoreReader, StoreWriter, Version, commit
 from strictflow_mp.store import arena as arenas
@@ -543,6 +543,30 @@ def test_between_any_two_stores_of_a_commit_who_follows_a_cell_finds_what_is_com
             late = following(store.segment, store.reader)
             late.read()
     assert looks > 10 * len(payloads)
+
+
+def test_what_is_found_in_another_epoch_is_returned_and_not_kept(new_store, monkeypatch):
+    monkeypatch.setattr(states, "unpack_frozen", bytes)
+    monkeypatch.setattr(states, "pack_key", bytes)
+    store = new_store()
+    segment, words = store.segment, store.segment.words
+    store.writer.publish({KEYS[0]: b"1"})
+    gate = SimpleNamespace(within_reach=lambda: (b"", b""))
+
+    def pass_gate():
+        words[W_EPOCH] += moves.pop()
+        return store.reader
+
+    host = SimpleNamespace(name="store", pass_gate=pass_gate)
+    host.rebind = lambda reader, epoch: state.bind(segment, gate, reader, epoch)
+    state: Any = FlowState(host, 1 << 20)
+    state.bind(segment, gate, store.reader, 0)
+    moves = [0, 0, 1]  # the last one first: while a read passes the gate
+    assert state[KEYS[0]] == b"1"
+    assert not state._bound[3]
+    assert state[KEYS[0]] == b"1"
+    assert [*state._bound[3]] == KEYS[:1]
+    assert state._bound[6] == 1
 
 
 @pytest.mark.parametrize("end", ["the last", "a new one", "deleted", "with arrays", "many", "taken over"])

@@ -8,11 +8,12 @@ from .commit import BURST_BYTES, StoreWriter
 from .pins import PinnedVersions, Pins, clear_pins, has_pins
 from .reader import ARRAYS, STRAYED, Cell, Found, Route, StoreReader, Version
 from .receipts import Receipt, Receipts, read_receipts
-from .trie import NEXT, Take, shape
+from .trie import GONE, NEXT, Take, shape
 
 __all__ = [
     "ARRAYS",
     "BURST_BYTES",
+    "GONE",
     "NEXT",
     "STRAYED",
     "Cell",
