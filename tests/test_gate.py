@@ -20,7 +20,7 @@ from contextlib import contextmanager
 
 import posix_ipc
 import pytest
-from holding import has_a_sleeping_reader, held
+from holding import held
 
 from strictflow_mp import FlowNotRunning, StateFull, StrictFlow, spin
 from strictflow_mp import gate as gate_module
@@ -659,6 +659,17 @@ def test_a_process_that_is_killed_leaves_no_flag_up(eventually):
             eventually(gate.is_open)
 
 
+def read_async_snapshot(flow):
+    async def look():
+        async with flow.snapshot() as snapshot:
+            return snapshot["newcomer"]
+
+    return asyncio.run(look())
+
+
+READS = {"read": lambda flow: flow.state["newcomer"], "async read": read_async_snapshot}
+
+
 class Visitor:
     """Another process that is attached to a flow, and does what it is told."""
 
@@ -676,8 +687,10 @@ class Visitor:
         assert attached.state["newcomer"] is not None
         box.send("attached")
         while command := box.recv():
-            if command == "read":
-                box.send(attached.state["newcomer"])
+            if command in READS:
+                box.send(READS[command](attached))
+            elif command == "reach":
+                box.send(len(attached._client.state._bound[0]))
             else:
                 attached.put("newcomer", command)
                 box.send("submitted")
@@ -716,42 +729,29 @@ def standing_still(pid):
         os.kill(pid, signal.SIGCONT)
 
 
-def read_state(flow):
-    return flow.state["newcomer"]
-
-
-def read_async_snapshot(flow):
-    async def look():
-        async with flow.snapshot() as snapshot:
-            return snapshot["newcomer"]
-
-    return asyncio.run(look())
-
-
-@pytest.mark.parametrize("read", [read_state, read_async_snapshot])
-def test_a_read_waits_for_what_any_of_many_processes_has_submitted_before(visit, eventually, read):
-    """Readers look at the flags of the slots that somebody has had; here those become more, twice."""
-    reading = []
-    with StrictFlow(state={"newcomer": 0}) as flow, ThreadPoolExecutor(1) as pool:
-        assert flow.state["newcomer"] == 0
-        coordinator = flow.stats().coordinator_pid
-        for number in range(1, 2 * REACH + 2):
-            visitor = visit(flow.name)
-            if number % 4 != 3:  # else nobody looks between one newcomer and the next
-                assert read(flow) == number - 1
-            with standing_still(coordinator):
-                assert visitor.ask(number) == "submitted"
-                reading.append(pool.submit(read, flow))
-                eventually(lambda: reading[-1].done() or has_a_sleeping_reader(flow))
-            assert reading[-1].result() == number
-        assert flow.state["newcomer"] == number
-        assert len(flow._client.state._bound[0]) == 4 * REACH
-        assert flow.stats().version == 2 * REACH + 1 + 3  # the first state, and two versions for more slots
-
-
 def somebody_sleeps(flow):
     segment = flow._client.attach().segment
     return any(segment.words[segment.waiting : segment.waiting + segment.slots].tolist())
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_read_waits_for_what_any_of_many_processes_has_submitted_before(visit, eventually, read):
+    """Readers look at the flags of the slots that somebody has had; here those become more, twice."""
+    with StrictFlow(state={"newcomer": 0}) as flow:
+        reader = visit(flow.name)
+        coordinator = flow.stats().coordinator_pid
+        for number in range(1, 2 * REACH + 1):
+            visitor = visit(flow.name)
+            if number % 4 != 3:  # else nobody looks between one newcomer and the next
+                assert reader.ask(read) == number - 1
+            with standing_still(coordinator):
+                assert visitor.ask(number) == "submitted"
+                reader.box.send(read)
+                eventually(lambda: reader.box.poll() or somebody_sleeps(flow))
+            assert reader.box.recv() == number
+        assert reader.ask("read") == number
+        assert reader.ask("reach") == 4 * REACH
+        assert flow.stats().version == 2 * REACH + 3  # the first state, and two versions for more slots
 
 
 def test_a_process_that_goes_on_with_the_next_flow_of_a_name_looks_at_the_slots_of_that_one(visit, eventually):
@@ -804,10 +804,9 @@ def test_async_snapshots_need_no_other_thread_for_long_when_there_are_more_slots
     waits = states.waits
     monkeypatch.setattr(states, "waits", counted)
     with StrictFlow(state={"newcomer": 1}) as flow:
-        assert read_async_snapshot(flow) == 1
+        assert flow.state["newcomer"] == 1
         for _ in range(REACH - 1):
             visit(flow.name)
-        del asked[:]
         for _ in range(3):
             assert read_async_snapshot(flow) == 1
         assert len(asked) == 1
