@@ -138,6 +138,7 @@ class Bench:
             return Call(1, number, 1, session, function, arguments, None, number, 0)
 
         def run() -> None:
+            self.transaction.begin()
             args, _ = unpack_arguments(arguments)
             value = increment(self.transaction.take_out(pack_key("counter")), *args)
             self.transaction.put_back(pack(value), value, call())

@@ -92,6 +92,7 @@ def try_to_reach(
         "path": [path for path in sys.path if path],
         "resume": resume,
     }
+    leave = take_leave if resume is None else socket.socket.close  # who comes back keeps its slot
     try:
         welcome = handshake.greet(sock, greeting)
         if "refused" in welcome:
@@ -99,13 +100,12 @@ def try_to_reach(
             raise kind(str(welcome.get("text")), flow=name)
         return Stream(sock), welcome
     except (OSError, EOFError) as error:
-        sock.close()
+        leave(sock)
         if resume is None and isinstance(error, (BlockingIOError, TimeoutError)):
             raise _kept_waiting(name, patience) from None
         return None
     except BaseException:
-        if opened is None:
-            sock.close()
+        leave(sock)
         raise
 
 
