@@ -2,7 +2,8 @@
 
 It pays only where a core is idle. So each time it gives way, and measures how long that took: when others wanted the
 core, sleeping is better, since a wake-up takes the core back at once and a yield does not. Then nobody in this process
-spins for a while.
+spins for a while, and for twice as long each time that others want it again: one hiccup of the machine costs little,
+and on a crowded one hardly anybody spins.
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ SPIN = 50e-6
 """Seconds that it lasts at most: about as long as an idle core takes to wake."""
 CROWDED = 60e-6
 """Seconds that giving way may take, or others want the core."""
-QUIET = 0.05
-"""Seconds without spinning after that."""
+QUIET = 0.005
+"""Seconds without spinning after that: the system has moved a process to an idle core by then, if there is one."""
+LONGEST = 0.08
+"""Seconds without spinning at most."""
 
 T = TypeVar("T")
 
 _quiet_until = 0.0
+_quiet = QUIET
 
 
 def look_for(look: Callable[[], T], nothing: T) -> T:
     """What *look* returns, when that is something true within `SPIN` seconds; else *nothing*."""
-    global _quiet_until
+    global _quiet, _quiet_until
     now = perf_counter()
     if now < _quiet_until:
         return nothing
@@ -38,7 +42,9 @@ def look_for(look: Callable[[], T], nothing: T) -> T:
         found = look()
         before, now = now, perf_counter()
         if now - before > CROWDED:
-            _quiet_until = now + QUIET
+            again = now < _quiet_until + _quiet
+            _quiet = min(2 * _quiet, LONGEST) if again else QUIET
+            _quiet_until = now + _quiet
         if found:
             return found
     return nothing
