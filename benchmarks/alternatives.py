@@ -259,7 +259,9 @@ def _arbiter(path: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = Config()
     config.set("loglevel", "critical")
-    DirtyArbiter(config, Logger(config), path).run()
+    arbiter = DirtyArbiter(config, Logger(config), path)
+    arbiter.ppid = os.getppid()  # it expects to be made before a fork, and would end within a second
+    arbiter.run()
 
 
 @contextmanager
