@@ -13,6 +13,7 @@ from strictflow_mp import spin
 def rested(monkeypatch):
     """As in a process that has not spun yet, on a machine where nobody else wants the core."""
     monkeypatch.setattr(spin, "_quiet_until", 0.0)
+    monkeypatch.setattr(spin, "_quiet", spin.QUIET)
     monkeypatch.setattr(spin, "SPIN", 60.0)
     monkeypatch.setattr(spin, "CROWDED", 60.0)
 
@@ -41,3 +42,46 @@ def test_where_giving_way_takes_long_nobody_spins_for_a_while(monkeypatch):
     assert not looks
     monkeypatch.setattr(spin, "_quiet_until", time.perf_counter())
     assert spin.look_for(lambda: 1, 0) == 1
+
+
+class Clock:
+    """A clock that passes only when it is told to, and a core that others want while `wanted` is set."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self.wanted = False
+
+    def give_way(self) -> None:
+        self.now += 0.001 if self.wanted else 1e-6
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(spin, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(spin, "sched_yield", clock.give_way)
+    monkeypatch.setattr(spin, "CROWDED", 1e-4)
+    return clock
+
+
+def pause_of(clock):
+    """Look once, while others want the core; how long nobody looks then."""
+    clock.wanted = True
+    assert spin.look_for(lambda: True, False), "it looked"
+    clock.wanted = False
+    began = clock.now
+    while not spin.look_for(lambda: True, False):
+        clock.now += spin.QUIET / 1000
+    return clock.now - began
+
+
+def test_each_time_that_others_still_want_the_core_nobody_spins_for_twice_as_long(clock):
+    pauses = [pause_of(clock) for _ in range(8)]
+    factors = [min(2**n, round(spin.LONGEST / spin.QUIET)) for n in range(8)]
+    assert pauses == pytest.approx([factor * spin.QUIET for factor in factors], rel=0.01)
+
+
+def test_one_hiccup_long_after_another_costs_as_little(clock):
+    first = pause_of(clock)
+    clock.now += 2 * spin.QUIET
+    assert pause_of(clock) == pytest.approx(first, rel=0.01)

@@ -45,9 +45,12 @@ from ..words import WORD, fence, publish_fence
 from .arena import Arena, block_size
 from .pins import PinnedVersions, clear_pins
 from .receipts import Receipts
-from .trie import CELL_HEAD, KEY_SHIFT, NEXT, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
+from .trie import KEY_SHIFT, NEXT, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
 
 __all__ = ["BURST_BYTES", "StoreWriter"]
+
+Rest = tuple[int, list[int], list[tuple[int, int]], int]
+"""What a version has replaced: the version, nodes by block, cells by block and size, all words together."""
 
 audit = sys.audit
 
@@ -75,7 +78,7 @@ class StoreWriter:
         self.arena = Arena(segment, flow, NODE)
         self.trie = Trie(segment.words, segment.buffer, self.arena, self.hash)
         self.receipts = Receipts(segment, self.arena)
-        self._resting: deque[tuple[int, list[int], int]] = deque()  # version, pointers, words
+        self._resting: deque[Rest] = deque()
         self._resting_words = 0
         self._held: list[tuple[int, int]] = []  # (replaced at, pointer): spared for a pin
         self._held_for: PinnedVersions | None = None
@@ -200,8 +203,8 @@ class StoreWriter:
         """Put to rest what the last commit has replaced: what is left to do when readers can see it."""
         trie, version = self.trie, self.version
         self.receipts.committed()
-        if trie.replaced:
-            self._rest(version, trie.replaced)
+        if trie.worn or trie.heirs:
+            self._rest(version)
         if not self.arena.is_reserve_full:
             self._reclaim(version)
             self.arena.refill_reserve()
@@ -247,19 +250,22 @@ class StoreWriter:
 
     # Rest and reuse
 
-    def _rest(self, version: int, pointers: list[int]) -> None:
-        memory = self._words
-        cells = [pointer for pointer in pointers if pointer & 1]
-        words = NODE * (len(pointers) - len(cells))
-        for pointer in cells:
-            lengths = memory[(pointer >> 1) + 2]
-            words += CELL_HEAD + (lengths >> KEY_SHIFT + 3) + ((lengths & PAYLOAD_MASK) >> 3)
-        self._resting.append((version, pointers, words))
+    def _rest(self, version: int) -> None:
+        memory, nodes = self._words, self.trie.worn
+        words = NODE * len(nodes)
+        cells = []
+        for pointer, _ in self.trie.heirs:
+            index = pointer >> 1
+            lengths = memory[index + 2]
+            size = cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK)
+            cells.append((index, size))
+            words += size
+        self._resting.append((version, nodes, cells, words))
         self._resting_words += words
         if self._resting_words > REST_WORDS:
             # Half of it, so that the pins are looked at once for many commits.
             rest = self._resting_words >> 1
-            for replaced_at, _, size in self._resting:
+            for replaced_at, _, _, size in self._resting:
                 rest -= size
                 if rest <= 0:
                     self._reclaim(min(replaced_at, version - 1))
@@ -280,7 +286,7 @@ class StoreWriter:
         # HORIZON must be seen before the pins are looked at (store-load).
         fence()
         pinned = PinnedVersions(self._segment)
-        trie = self.trie
+        trie, arena = self.trie, self.arena
         freed = False
         if self._held and pinned != self._held_for:
             held = self._held
@@ -295,13 +301,15 @@ class StoreWriter:
         unpinned = pinned.oldest is None
         resting = self._resting
         while resting and resting[0][0] <= horizon:
-            version, pointers, size = resting.popleft()
+            version, nodes, cells, size = resting.popleft()
             self._resting_words -= size
             if unpinned:
-                trie.free_all(pointers)
+                arena.release_all(nodes, NODE)
+                for index, words_taken in cells:
+                    arena.release(index, words_taken)
                 freed = True
                 continue
-            for pointer in pointers:
+            for pointer in (*(node + 1 << 1 for node in nodes), *(index << 1 | 1 for index, _ in cells)):
                 if pinned.needs(trie.birth(pointer), version):
                     self._held.append((version, pointer))
                 else:

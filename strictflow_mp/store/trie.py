@@ -173,7 +173,8 @@ class Trie:
     """The writer's hand on the trie: edits the tree of the version that is being made.
 
     Blocks born in `version` are private until it is published, so they are changed in place; older ones
-    are copied first, and what they replace is collected in `replaced`, cells and what comes in their place in `heirs`.
+    are copied first. What is replaced is collected: nodes in `worn`, by their block; cells in `heirs`, each with what
+    comes in its place.
     """
 
     def __init__(self, words: memoryview, buffer: memoryview, arena: Arena, hashing: Hash) -> None:
@@ -185,19 +186,19 @@ class Trie:
         self.root = 0
         self.count = 0
         self.made: list[int] = []
-        self.replaced: list[int] = []
+        self.worn: list[int] = []
         self.heirs: list[tuple[int, int]] = []
 
     def begin(self, version: int, root: int, count: int) -> None:
         """Start to make *version* out of the tree at *root*."""
         self.version, self.root, self.count = version, root, count
-        self.made, self.replaced, self.heirs = [], [], []
+        self.made, self.worn, self.heirs = [], [], []
 
     def rollback(self) -> None:
         """Free everything that was made since `begin`."""
         for pointer in self.made:
             self.free(pointer)
-        self.made, self.replaced, self.heirs = [], [], []
+        self.made, self.worn, self.heirs = [], [], []
 
     def free(self, pointer: int) -> None:
         """Give a block back to the arena."""
@@ -207,13 +208,6 @@ class Trie:
             self._arena.release(index, cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK))
         else:
             self._arena.release(index - 1, NODE)
-
-    def free_all(self, pointers: list[int]) -> None:
-        """Give blocks back, most of them nodes."""
-        self._arena.release_all([(pointer >> 1) - 1 for pointer in pointers if not pointer & 1], NODE)
-        for pointer in pointers:
-            if pointer & 1:
-                self.free(pointer)
 
     def birth(self, pointer: int) -> int:
         """The version that made a block."""
@@ -238,27 +232,27 @@ class Trie:
         """Make *cell* the cell of *key*."""
         words = self._words
         version = self.version
-        allocate, made, replaced = self._arena.allocate, self.made, self.replaced
+        allocate, made, worn = self._arena.allocate, self.made, self.worn
         parent = -1  # the word that points to where we are; -1 is the root
         pointer = self.root
         bits = digest
         depth = 0
         while pointer and not pointer & 1:
-            node = pointer >> 1
-            if words[node - 1] != version:
+            block = (pointer >> 1) - 1
+            if words[block] != version:
                 # As `_copy`, spelled out: it is most of a commit in a large state.
-                copy = allocate(NODE) + 1
-                words[copy : copy + FANOUT] = words[node : node + FANOUT]
-                words[copy - 1] = version
-                replaced.append(pointer)
-                node = copy
-                pointer = copy << 1
+                copy = allocate(NODE)
+                words[copy + 1 : copy + NODE] = words[block + 1 : block + NODE]
+                words[copy] = version
+                worn.append(block)
+                block = copy
+                pointer = copy + 1 << 1
                 made.append(pointer)
                 if parent < 0:
                     self.root = pointer
                 else:
                     words[parent] = pointer
-            parent = node + (bits & 31)
+            parent = block + 1 + (bits & 31)
             pointer = words[parent]
             bits >>= 5
             depth += 1
@@ -267,7 +261,6 @@ class Trie:
         if not pointer:
             self.count += 1
         elif self.key_of(pointer) == key:
-            self.replaced.append(pointer)
             self.heirs.append((pointer, cell))
         else:
             self.count += 1
@@ -319,7 +312,6 @@ class Trie:
             bits >>= 5
             if (len(parents) - 1) % LEVELS == 0:
                 bits = self._hash.again(key, (len(parents) - 1) // LEVELS)
-        self.replaced.append(pointer)
         self.heirs.append((pointer, GONE))
         self.count -= 1
         remains = 0
@@ -332,7 +324,7 @@ class Trie:
             left = [child for child in words[node : node + FANOUT].tolist() if child]
             if len(left) > 1 or (left and not left[0] & 1):
                 break
-            self.replaced.append(node << 1)
+            self.worn.append(node - 1)
             remains = left[0] if left else 0
 
     def key_of(self, cell: int) -> bytes:
@@ -354,7 +346,7 @@ class Trie:
         words[copy - 1] = self.version
         words[copy : copy + FANOUT] = words[node : node + FANOUT]
         self.made.append(copy << 1)
-        self.replaced.append(node << 1)
+        self.worn.append(node - 1)
         self._set(parent, copy << 1)
         return copy
 
