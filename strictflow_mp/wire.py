@@ -35,7 +35,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -111,13 +111,29 @@ class Stream:
     def receive(self) -> list[Frame] | None:
         """The frames that have arrived, up to a portion, perhaps none; None when the other end has closed.
 
+        For a thread in which no signal handler raises: it would lose what has left the kernel. Others `fill`.
+
         Raises:
             ProtocolError: what arrived is not a frame, or too long.
         """
-        if not self.fill():
+        view = self._view
+        try:
+            count = self.socket.recv_into(view)
+        except BlockingIOError:
+            self.is_drained = True
+            return []
+        except (ConnectionResetError, BrokenPipeError):
+            count = 0
+        self.is_drained = count < RECEIVE
+        if not count:
+            self.has_ended = True
             return None
-        frames = list(self.inbox)
-        self.inbox.clear()
+        try:
+            self._unpacker.feed(view[:count])
+            frames = list(self._unpacker)
+        except (*FAULTS, msgpack.UnpackException) as error:
+            raise _damaged(error) from error
+        _check_frames(frames)
         return frames
 
     def wait(self, seconds: float) -> bool:
@@ -138,20 +154,22 @@ class Stream:
 
         A signal handler may raise between any two bytecodes. So what is read goes from the socket into the unpacker,
         and from there into the inbox, in one C call each: nothing that has left the kernel can be lost.
+
+        Raises:
+            ProtocolError: what arrived is not a frame, or too long.
         """
         self.is_drained = True
         count, view = self._count, self._view
         count.clear()
-        steps = map(self.socket.recv_into, (view,))
-        noted = map(count.setdefault, ("bytes",), steps)
+        noted = map(count.setdefault, ("bytes",), map(self.socket.recv_into, (view,)))
         try:
-            deque(map(self._unpacker.feed, map(view.__getitem__, map(slice, noted))), maxlen=0)
+            next(map(self._unpacker.feed, map(view.__getitem__, map(slice, noted))))
         except BlockingIOError:
             return True
         except (ConnectionResetError, BrokenPipeError):
             count["bytes"] = 0
         except (ValueError, msgpack.UnpackException) as error:
-            raise ProtocolError(f"a frame is too long ({error})") from error
+            raise _damaged(error) from error
         if not count["bytes"]:
             self.has_ended = True
             return False
@@ -165,10 +183,8 @@ class Stream:
         try:
             self.inbox.extend(self._unpacker)
         except (*FAULTS, msgpack.UnpackException) as error:
-            raise ProtocolError(f"a damaged frame arrived ({str(error) or type(error).__name__})") from error
-        for frame in islice(self.inbox, first, None):
-            if type(frame) is not tuple or not frame:
-                raise ProtocolError(f"a frame must be an array, not {type(frame).__name__}")
+            raise _damaged(error) from error
+        _check_frames(islice(self.inbox, first, None))
         return bool(self.inbox)
 
     def send(self, data: bytes) -> bool:
@@ -207,6 +223,16 @@ class Stream:
 
     def __repr__(self) -> str:
         return f"<Stream fd={self.fileno()} unsent={self.unsent}>"
+
+
+def _damaged(error: Exception) -> ProtocolError:
+    return ProtocolError(f"a damaged frame arrived, or one that is too long ({str(error) or type(error).__name__})")
+
+
+def _check_frames(frames: Iterable[Any]) -> None:
+    for frame in frames:
+        if type(frame) is not tuple or not frame:
+            raise ProtocolError(f"a frame must be an array, not {type(frame).__name__}")
 
 
 def check_fields(frame: Sequence[Any], *kinds: type | tuple[type, ...]) -> None:

@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from watched import Watched, WatchedSegment, nothing, watched_mould, watched_shape
+from watched import Watched, WatchedSegment, nothing, watched_fill_record, watched_mould, watched_shape
 
 from strictflow_mp import segment as segments
 from strictflow_mp import state as states
@@ -50,6 +50,7 @@ def _word_by_word(monkeypatch):
     monkeypatch.setattr(readers, "shape", watched_shape)
     monkeypatch.setattr(states, "shape", watched_shape)
     monkeypatch.setattr(tries, "mould", watched_mould)
+    monkeypatch.setattr(commit, "fill_record", watched_fill_record)
 
 
 class Store:

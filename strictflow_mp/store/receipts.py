@@ -153,14 +153,13 @@ class Receipts:
 
     def acknowledge(self, tenant: int, seq: int) -> None:
         """A process has the answers of its P1 tasks up to *seq*."""
-        for kept in (self._based, self._recent):
+        for kept in (self._recent, self._based):
             due = kept.get(tenant)
-            if due is None:
-                continue
-            for last in [last for last in due if last <= seq]:
-                del due[last]
-            if not due:
-                del kept[tenant]
+            if due:
+                for last in [last for last in due if last <= seq]:
+                    del due[last]
+                if not due:
+                    del kept[tenant]
 
     def forget(self, tenant: int) -> None:
         """A process has gone."""
