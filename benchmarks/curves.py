@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,15 +9,11 @@ from multiprocessing.connection import Connection
 from time import perf_counter
 from typing import Any
 
-from msgpack import packb
-
 from strictflow_mp import StrictFlow
 
-from .measure import Bound, Missing, Outcome, Run, Size, child, duration, figure, quantiles
-from .peers import lmdb_environment
-from .reads import VALUE
+from .measure import Bound, Missing, Outcome, Size, child, duration, figure, quantiles
 from .waits import writer
-from .writes import commits, store
+from .writes import commits, lmdb_commits, lmdb_store, store
 
 WRITERS = (0, 1, 2, 4)
 """Processes that write while one reads."""
@@ -29,34 +24,15 @@ def powers(most: int) -> list[int]:
     return [*(10**digits for digits in range(1, 8) if 10**digits < most), most]
 
 
-def lmdb_commits(environment: Any, keys: int) -> Run:
-    """The same in LMDB: a write transaction that puts one key."""
-    payload = packb(VALUE)
-
-    def run(count: int) -> float:
-        names = [b"key:%d" % random.randrange(keys) for _ in range(count)]
-        begin = environment.begin
-        began = perf_counter()
-        for name in names:
-            with begin(write=True) as transaction:
-                transaction.put(name, payload)
-        return perf_counter() - began
-
-    return run
-
-
 @contextmanager
-def lmdb_store(keys: int) -> Iterator[Any]:
-    """LMDB with that many keys, or None where it is not installed."""
-    try:
-        with lmdb_environment() as environment:
-            payload = packb(VALUE)
-            with environment.begin(write=True) as transaction:
-                for number in range(keys):
-                    transaction.put(b"key:%d" % number, payload)
-            yield environment
-    except Missing:
-        yield None
+def lmdb_or_none(keys: int) -> Iterator[Any]:
+    """`lmdb_store`, or None where LMDB is not installed."""
+    with ExitStack() as stack:
+        try:
+            environment = stack.enter_context(lmdb_store(keys))
+        except Missing:
+            environment = None
+        yield environment
 
 
 @figure("commit of one key: slowest number of keys ÷ fastest", Bound("≤", 3))
@@ -68,7 +44,7 @@ def commit_by_keys(size: Size) -> Outcome:
     found: dict[str, list[float]] = {"keys": [], "ours": [], "LMDB": []}
     table: list[list[float]] = []
     for keys in powers(size.keys):
-        with store(keys) as ours, lmdb_store(keys) as environment:
+        with store(keys) as ours, lmdb_or_none(keys) as environment:
             runs = [commits(ours, keys)]
             if environment is not None:
                 runs.append(lmdb_commits(environment, keys))

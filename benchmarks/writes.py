@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import repeat
 from multiprocessing.connection import Connection
@@ -23,8 +24,8 @@ from strictflow_mp.store import StoreWriter
 from strictflow_mp.values import pack, pack_key, unpack
 from strictflow_mp.wire import CALL, RESULT, pack_frame, unpack_frame
 
-from .measure import Bound, Outcome, Run, Size, compare, figure
-from .peers import answer, echo, manager_counter, redis_client, served
+from .measure import Bound, Missing, Outcome, Run, Size, compare, figure
+from .peers import answer, echo, lmdb_environment, manager_counter, redis_client, served
 from .reads import VALUE
 
 BATCH = 1000
@@ -132,16 +133,46 @@ def asked(sock: socket) -> Run:
     return run
 
 
-@figure("an echo that runs and commits ÷ raw echo of the same bytes")
-def least(size: Size) -> Outcome:
+@contextmanager
+def on_cores(mine: int, theirs: int) -> Iterator[Callable[[], None]]:
+    """Run on the core *mine* meanwhile, and what is started before the call of what this yields on *theirs*."""
+    if not hasattr(os, "sched_setaffinity"):
+        raise Missing("no process can be bound to a core here")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) <= max(mine, theirs):
+        raise Missing("there is one core only")
+    os.sched_setaffinity(0, {cores[theirs]})
+    try:
+        yield lambda: os.sched_setaffinity(0, {cores[mine]})
+    finally:
+        os.sched_setaffinity(0, set(cores))
+
+
+def least(size: Size, core: int) -> Outcome:
     """The floor of `round_trip`: what no P1 of ours can be without, one step after the other in one loop.
 
     Both ends pack and unpack; the server runs the function, writes cell, path, receipt and record, flips the version,
     lowers the flag, and answers. No future, no lock, no flag that is raised, no transaction to be undone, no queue,
-    no other process that might ask, nobody who could die.
+    no other process that might ask, nobody who could die; and nobody spins.
+
+    The servers run on a core of their own, or on their clients'. Left to itself, the system takes now the one and now
+    the other for each of them, and the ratio says little.
     """
-    with served(run_and_commit, 1) as (one,), echo() as sock:
+    with on_cores(0, core) as go, served(run_and_commit, 1) as (one,), echo() as sock:
+        go()
         return compare(asked(one), echoed(sock), size, peer_is="echo")
+
+
+@figure("an echo that runs and commits ÷ raw echo, both ends on one core")
+def least_on_one_core(size: Size) -> Outcome:
+    """`least`, where no core has to be woken."""
+    return least(size, 0)
+
+
+@figure("an echo that runs and commits ÷ raw echo, each end on its core")
+def least_on_two_cores(size: Size) -> Outcome:
+    """`least`, where a core that sleeps is woken twice."""
+    return least(size, 1)
 
 
 @figure("P1, submit to result ÷ Manager RLock + get + set", Bound("≤", 0.2))
@@ -241,3 +272,38 @@ def commit(size: Size) -> Outcome:
         for run in (many, few):
             run(round(size.seconds * 5e5))
         return compare(many, few, size, peer_is="among 10:", note=f"{size.keys:,} keys")
+
+
+def lmdb_commits(environment: Any, keys: int) -> Run:
+    """The same in LMDB: a write transaction that puts one key."""
+    payload = packb(VALUE)
+
+    def run(count: int) -> float:
+        names = [b"key:%d" % random.randrange(keys) for _ in range(count)]
+        begin = environment.begin
+        began = perf_counter()
+        for name in names:
+            with begin(write=True) as transaction:
+                transaction.put(name, payload)
+        return perf_counter() - began
+
+    return run
+
+
+@contextmanager
+def lmdb_store(keys: int) -> Iterator[Any]:
+    """LMDB with that many keys."""
+    with lmdb_environment() as environment:
+        payload = packb(VALUE)
+        with environment.begin(write=True) as transaction:
+            for number in range(keys):
+                transaction.put(b"key:%d" % number, payload)
+        yield environment
+
+
+@figure("LMDB: commit of one key among many ÷ among 10")
+def lmdb_commit(size: Size) -> Outcome:
+    """What `commit` would be in C: a write transaction without sync; more keys lie deeper, and in no cache."""
+    with lmdb_store(size.keys) as many, lmdb_store(10) as few:
+        runs = lmdb_commits(many, size.keys), lmdb_commits(few, 10)
+        return compare(*runs, size, peer_is="among 10:", note=f"{size.keys:,} keys")
