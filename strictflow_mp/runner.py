@@ -26,7 +26,7 @@ from .failures import pack_failure
 from .gate import GateKeeper
 from .inside import Inside
 from .jobs import Call, Function, pack_result
-from .scheduler import Scheduler, State
+from .scheduler import CANCELLED, Scheduler
 from .sessions import Sessions
 from .stats import Counters
 from .stepper import Stepper, run_alone, within_time
@@ -93,7 +93,7 @@ class Runner:
             jobs.append(job)
             if not job.is_void:
                 numbers[job.owner] = job.flag
-            if job.state is not State.CANCELLED:
+            if job.state is not CANCELLED:
                 self._run_write(job, burst)
             if tight or writer.version != version:
                 break  # alone, or the last ahead of another look: so that it can only be itself that finds no room
@@ -113,14 +113,14 @@ class Runner:
         # The rest while they are read.
         self._burst.tidy()
         now = time.perf_counter_ns()
-        ran = [job for job in jobs if job.state is not State.CANCELLED]
+        ran = [job for job in jobs if job.state is not CANCELLED]
         for job in jobs:
             session = job.session
             if session is not None:
                 session.queued -= 1
                 if not session.is_open:
                     self._sessions.has_leavers = True
-            elif job.future is not None and job.state is not State.CANCELLED:
+            elif job.future is not None and job.state is not CANCELLED:
                 job.future.settle(job.outcome, job.failure)
         self.counters[1].ran_all(now, ran)
 
@@ -143,13 +143,18 @@ class Runner:
                     logger.debug("%s starts", function.name, extra=function.fields)
                 args, kwargs = unpack_arguments(job.arguments)
                 key = function.key
-                call = self._call if function.timeout is None else self._call_in_time
+                if key is not None:
+                    args = (transaction.take_out(key), *args)
+                if function.timeout is None:
+                    result = function.function(*args, **kwargs)
+                    if type(result) is CoroutineType:
+                        result = run_alone(result)  # to its end
+                else:
+                    result = self._call_in_time(function, args, kwargs)
                 if key is None:
-                    result = call(function, args, kwargs)
                     changes = transaction.changes()
                     job.payload = pack_result(result, job)
                 else:
-                    result = call(function, (transaction.take_out(key), *args), kwargs)
                     if result is None:
                         raise self._aborted(function)
                     job.payload = pack(result, function.path)
@@ -177,15 +182,14 @@ class Runner:
             key=function.plain_key,
         )
 
-    @staticmethod
-    def _call(function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Call a P1's function. A coroutine is run to its end, alone."""
-        result = function.function(*args, **kwargs)
-        return run_alone(result) if type(result) is CoroutineType else result
-
     def _call_in_time(self, function: Function, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         assert function.timeout is not None
-        return self._in_time(function, function.timeout, lambda: self._call(function, args, kwargs))
+
+        def call() -> Any:
+            result = function.function(*args, **kwargs)
+            return run_alone(result) if type(result) is CoroutineType else result
+
+        return self._in_time(function, function.timeout, call)
 
     def _overrun(self, name: str, timeout: float) -> TaskTimeout:
         return TaskTimeout(

@@ -17,7 +17,19 @@ import enum
 from collections import deque
 from typing import Generic, TypeVar
 
-__all__ = ["BURST_TASKS", "BURST_TIME", "Job", "Scheduler", "State", "Step"]
+__all__ = [
+    "ASYNC",
+    "BURST",
+    "BURST_TASKS",
+    "BURST_TIME",
+    "CANCELLED",
+    "IDLE",
+    "READ",
+    "Job",
+    "Scheduler",
+    "State",
+    "Step",
+]
 
 BURST_TASKS = 256
 BURST_TIME = 0.002
@@ -41,10 +53,15 @@ class State(enum.Enum):
     CANCELLED = "cancelled"
 
 
+# For the hot paths: an Enum's attribute takes 60 ns on 3.10 and 3.11, a name of a module 2.
+QUEUED, RUNNING, CANCELLED = State
+BURST, READ, ASYNC, IDLE = Step
+
+
 class Job:
     """A task as the policy sees it: whose it is, its number there, its priority."""
 
-    state = State.QUEUED
+    state: State = QUEUED
     is_void = False
     """It comes once more: it is not even counted."""
 
@@ -87,20 +104,20 @@ class Scheduler(Generic[J]):
         # Looked for, the last first: an index would cost every task what few need.
         for queue in (self._writes, self._reads):
             for job in reversed(queue):
-                if job.number == number and job.owner == owner and job.state is State.QUEUED:
+                if job.number == number and job.owner == owner and job.state is QUEUED:
                     self._take_back(job)
                     return job
         return None
 
     def _take_back(self, job: J) -> None:
-        job.state = State.CANCELLED
+        job.state = CANCELLED
         if job.priority == 2:
             self._reads.remove(job)
 
     def withdraw(self, owner: int) -> None:
         """Take back all that an owner has queued; nothing of it counts."""
         for job in [*self._writes, *self._reads]:
-            if job.owner == owner and job.state is State.QUEUED:
+            if job.owner == owner and job.state is QUEUED:
                 self._take_back(job)
                 job.is_void = True
 
@@ -121,10 +138,10 @@ class Scheduler(Generic[J]):
     def next_step(self) -> Step:
         """What to do now."""
         if self._writes:
-            return Step.BURST
+            return BURST
         if self._async and (self._async_turn or not self._reads):
-            return Step.ASYNC
-        return Step.READ if self._reads else Step.IDLE
+            return ASYNC
+        return READ if self._reads else IDLE
 
     def next_write(self, done: int, elapsed: float) -> J | None:
         """The next P1 task of a burst that has run *done* tasks for *elapsed* seconds; None ends it.
@@ -134,15 +151,15 @@ class Scheduler(Generic[J]):
         if not self._writes or done >= BURST_TASKS or (done and elapsed >= BURST_TIME):
             return None
         job = self._writes.popleft()
-        if job.state is State.QUEUED:
-            job.state = State.RUNNING
+        if job.state is QUEUED:
+            job.state = RUNNING
         return job
 
     def next_read(self) -> J:
         """The P2 task to run."""
         self._async_turn = True
         job = self._reads.popleft()
-        job.state = State.RUNNING
+        job.state = RUNNING
         return job
 
     def first_write(self, owner: int) -> J | None:

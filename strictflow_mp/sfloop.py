@@ -20,7 +20,7 @@ from .inside import Inside
 from .jobs import Broken, Call, Function
 from .recorder import Recorder
 from .runner import Runner
-from .scheduler import Scheduler, State, Step
+from .scheduler import ASYNC, BURST, CANCELLED, IDLE, READ, Scheduler
 from .sessions import Session, Sessions
 from .stepper import Stepper
 from .store import StoreReader, StoreWriter
@@ -102,7 +102,7 @@ class SFLoop:
         """Run until the flow is stopped or deserted."""
         scheduler = self.scheduler
         while True:
-            idle = scheduler.next_step() is Step.IDLE
+            idle = scheduler.next_step() is IDLE
             if idle and self._is_refusing:
                 return
             self._drain(HOUSEKEEPING if idle else 0)
@@ -114,10 +114,10 @@ class SFLoop:
                 logger.info("the owner is gone and nobody is attached: the flow ends")
                 return
             step = scheduler.next_step()
-            if step is Step.BURST:
+            if step is BURST:
                 self.runner.run_burst()
-            elif step in (Step.READ, Step.ASYNC) and not self._look_for_writes():
-                if step is Step.READ:
+            elif step in (READ, ASYNC) and not self._look_for_writes():
+                if step is READ:
                     self.runner.run_read()
                 else:
                     scheduler.async_ran()
@@ -373,7 +373,7 @@ class SFLoop:
         return FlowNotRunning("it was stopped before the task ran", flow=self.name)
 
     def _refuse(self, job: Call) -> None:
-        if job.state is not State.CANCELLED:
+        if job.state is not CANCELLED:
             self.runner.fail(job, self._stopped())
             self.runner.send(job)
         if job.session is not None:
