@@ -97,6 +97,44 @@ def round_trip(size: Size) -> Outcome:
         return compare(one_by_one(add), echoed(sock), size, peer_is="echo", note=f"{len(REQUEST)} bytes")
 
 
+@contextmanager
+def on_cores(mine: int, theirs: int) -> Iterator[Callable[[], None]]:
+    """Run on the core *mine* meanwhile, and what is started before the call of what this yields on *theirs*.
+
+    Left to itself, the system puts the ends of a pair now on one core and now on two, where an echo takes ten times as
+    long; and on another for the next pair.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise Missing("no process can be bound to a core here")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) <= max(mine, theirs):
+        raise Missing("there is one core only")
+    os.sched_setaffinity(0, {cores[theirs]})
+    try:
+        yield lambda: os.sched_setaffinity(0, {cores[mine]})
+    finally:
+        os.sched_setaffinity(0, set(cores))
+
+
+def bound_round_trip(size: Size, core: int) -> Outcome:
+    """`round_trip` with all servers on that core, and their clients on the first."""
+    with on_cores(0, core) as go, counter() as add, echo() as sock:
+        go()
+        return compare(one_by_one(add), echoed(sock), size, peer_is="echo")
+
+
+@figure("P1, submit to result ÷ raw echo, both ends on one core")
+def round_trip_on_one_core(size: Size) -> Outcome:
+    """`round_trip`, where no core has to be woken, and no other is there to spin on."""
+    return bound_round_trip(size, 0)
+
+
+@figure("P1, submit to result ÷ raw echo, each end on its core")
+def round_trip_on_two_cores(size: Size) -> Outcome:
+    """`round_trip`, where an echo wakes two cores that sleep, and a P1 none, since both ends spin."""
+    return bound_round_trip(size, 1)
+
+
 def run_and_commit(connection: Connection, socks: list[socket]) -> None:
     """In a child: an echo that runs each P1 and commits it, with its receipt, before it answers."""
     key, current = pack_key("counter"), pack(0)
@@ -133,21 +171,6 @@ def asked(sock: socket) -> Run:
     return run
 
 
-@contextmanager
-def on_cores(mine: int, theirs: int) -> Iterator[Callable[[], None]]:
-    """Run on the core *mine* meanwhile, and what is started before the call of what this yields on *theirs*."""
-    if not hasattr(os, "sched_setaffinity"):
-        raise Missing("no process can be bound to a core here")
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) <= max(mine, theirs):
-        raise Missing("there is one core only")
-    os.sched_setaffinity(0, {cores[theirs]})
-    try:
-        yield lambda: os.sched_setaffinity(0, {cores[mine]})
-    finally:
-        os.sched_setaffinity(0, set(cores))
-
-
 def least(size: Size, core: int) -> Outcome:
     """The floor of `round_trip`: what no P1 of ours can be without, one step after the other in one loop.
 
@@ -155,8 +178,6 @@ def least(size: Size, core: int) -> Outcome:
     lowers the flag, and answers. No future, no lock, no flag that is raised, no transaction to be undone, no queue,
     no other process that might ask, nobody who could die; and nobody spins.
 
-    The servers run on a core of their own, or on their clients'. Left to itself, the system takes now the one and now
-    the other for each of them, and the ratio says little.
     """
     with on_cores(0, core) as go, served(run_and_commit, 1) as (one,), echo() as sock:
         go()

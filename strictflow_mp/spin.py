@@ -17,8 +17,9 @@ __all__ = ["look_for"]
 
 SPIN = 50e-6
 """Seconds that it lasts at most: about as long as an idle core takes to wake."""
-CROWDED = 60e-6
-"""Seconds that giving way may take, or others want the core."""
+CROWDED = 250e-6
+"""Seconds that giving way may take, or others want the core. More than who answers us needs, should the
+system have put that one on our core, and less than the slice that one gets who computes."""
 QUIET = 0.005
 """Seconds without spinning after that: the system has moved a process to an idle core by then, if there is one."""
 LONGEST = 0.08
