@@ -8,6 +8,8 @@ and on a crowded one hardly anybody spins.
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable
 from os import sched_yield
 from time import perf_counter
@@ -17,9 +19,11 @@ __all__ = ["look_for"]
 
 SPIN = 50e-6
 """Seconds that it lasts at most: about as long as an idle core takes to wake."""
+SHARED = 60e-6
+"""Seconds after which, when giving way took that long, somebody else has had our core."""
 CROWDED = 250e-6
-"""Seconds that giving way may take, or others want the core. More than who answers us needs, should the
-system have put that one on our core, and less than the slice that one gets who computes."""
+"""Seconds after which it was more than who answers us: less than the slice that one gets who computes. Where there is
+another core, who shares ours is moved there soon, if both of us stay awake."""
 QUIET = 0.005
 """Seconds without spinning after that: the system has moved a process to an idle core by then, if there is one."""
 LONGEST = 0.08
@@ -29,6 +33,12 @@ T = TypeVar("T")
 
 _quiet_until = 0.0
 _quiet = QUIET
+
+
+def _has_one_core() -> bool:
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0)) == 1
+    return os.cpu_count() == 1
 
 
 def look_for(look: Callable[[], T], nothing: T) -> T:
@@ -42,7 +52,7 @@ def look_for(look: Callable[[], T], nothing: T) -> T:
         sched_yield()
         found = look()
         before, now = now, perf_counter()
-        if now - before > CROWDED:
+        if now - before > CROWDED or (now - before > SHARED and _has_one_core()):
             again = now < _quiet_until + _quiet
             _quiet = min(2 * _quiet, LONGEST) if again else QUIET
             _quiet_until = now + _quiet

@@ -15,6 +15,7 @@ def rested(monkeypatch):
     monkeypatch.setattr(spin, "_quiet_until", 0.0)
     monkeypatch.setattr(spin, "_quiet", spin.QUIET)
     monkeypatch.setattr(spin, "SPIN", 60.0)
+    monkeypatch.setattr(spin, "SHARED", 60.0)
     monkeypatch.setattr(spin, "CROWDED", 60.0)
 
 
@@ -50,9 +51,10 @@ class Clock:
     def __init__(self) -> None:
         self.now = 1000.0
         self.wanted = False
+        self.slice = 0.001
 
     def give_way(self) -> None:
-        self.now += 0.001 if self.wanted else 1e-6
+        self.now += self.slice if self.wanted else 1e-6
 
 
 @pytest.fixture
@@ -60,6 +62,7 @@ def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(spin, "perf_counter", lambda: clock.now)
     monkeypatch.setattr(spin, "sched_yield", clock.give_way)
+    monkeypatch.setattr(spin, "SHARED", 1e-5)
     monkeypatch.setattr(spin, "CROWDED", 1e-4)
     return clock
 
@@ -85,3 +88,18 @@ def test_one_hiccup_long_after_another_costs_as_little(clock):
     first = pause_of(clock)
     clock.now += 2 * spin.QUIET
     assert pause_of(clock) == pytest.approx(first, rel=0.01)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_who_answers_us_on_our_own_core_is_a_crowd_only_if_there_is_no_other(clock, monkeypatch, cores):
+    monkeypatch.setattr(spin.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    clock.slice = 5e-5
+    assert (pause_of(clock) > spin.QUIET / 2) == (cores == 1)
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_on_machines_without_affinity_the_cores_are_counted(clock, monkeypatch, cores):
+    monkeypatch.setattr(spin.sys, "platform", "darwin")
+    monkeypatch.setattr(spin.os, "cpu_count", lambda: cores)
+    clock.slice = 5e-5
+    assert (pause_of(clock) > spin.QUIET / 2) == (cores == 1)
