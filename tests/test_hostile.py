@@ -610,13 +610,12 @@ def call_what_is_imported_late(greeting):
 NOBODY = 65534
 
 
-def as_nobody(key, report):
-    """What another user gets to see, who knows the key and finds all doors open."""
+def as_nobody(key, shared, report):
+    """What another user gets to see of that shared memory, who knows the key and finds all doors open."""
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
     answers = {}
-    shared = [Path("/dev/shm", name) for name in os.listdir("/dev/shm") if name.startswith(("sfmp-", "sem.sfmp-"))]
     place = Place.of(NAME)
     for path in (*shared, place.key, place.lock):
         try:
@@ -641,8 +640,11 @@ def as_nobody(key, report):
 
 def seen_by_nobody():
     mine, theirs = multiprocessing.Pipe()
+    place = Place.of(NAME)
+    shared = [path for path in Path("/dev/shm").iterdir() if place.resident().token in path.name]
+    assert len(shared) > 1, "a segment and a semaphore at least"
     with mine, theirs:
-        offend(as_nobody, Place.of(NAME).authkey(), theirs)
+        offend(as_nobody, place.authkey(), shared, theirs)
         return mine.recv()
 
 
