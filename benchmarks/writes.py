@@ -102,7 +102,7 @@ def on_cores(mine: int, theirs: int) -> Iterator[Callable[[], None]]:
     """Run on the core *mine* meanwhile, and what is started before the call of what this yields on *theirs*.
 
     Left to itself, the system puts the ends of a pair now on one core and now on two, where an echo takes ten times as
-    long; and on another for the next pair.
+    long; and on another for the next pair. Who is bound to one core gives up spinning sooner (`spin.SHARED`).
     """
     if not hasattr(os, "sched_setaffinity"):
         raise Missing("no process can be bound to a core here")
@@ -177,7 +177,6 @@ def least(size: Size, core: int) -> Outcome:
     Both ends pack and unpack; the server runs the function, writes cell, path, receipt and record, flips the version,
     lowers the flag, and answers. No future, no lock, no flag that is raised, no transaction to be undone, no queue,
     no other process that might ask, nobody who could die; and nobody spins.
-
     """
     with on_cores(0, core) as go, served(run_and_commit, 1) as (one,), echo() as sock:
         go()

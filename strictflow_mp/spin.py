@@ -2,8 +2,8 @@
 
 It pays only where a core is idle. So each time it gives way, and measures how long that took: when others wanted the
 core, sleeping is better, since a wake-up takes the core back at once and a yield does not. Then nobody in this process
-spins for a while, and for twice as long each time that others want it again: one hiccup of the machine costs little,
-and on a crowded one hardly anybody spins.
+spins for a while, and for twice as long when others want it again soon: one hiccup of the machine costs little, and on
+a crowded one a process gives the core away at most once in `LONGEST` seconds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ SPIN = 50e-6
 SHARED = 60e-6
 """Seconds after which, when giving way took that long, somebody else has had our core."""
 CROWDED = 250e-6
-"""Seconds after which it was more than who answers us: less than the slice that one gets who computes. Where there is
-another core, who shares ours is moved there soon, if both of us stay awake."""
+"""Seconds after which it was somebody who computes: more than the other end needs to answer us, less than a slice. The
+other end, if it is on our core, is moved to an idle one soon, as long as both stay awake."""
 QUIET = 0.005
 """Seconds without spinning after that: the system has moved a process to an idle core by then, if there is one."""
 LONGEST = 0.08
@@ -52,8 +52,10 @@ def look_for(look: Callable[[], T], nothing: T) -> T:
         sched_yield()
         found = look()
         before, now = now, perf_counter()
-        if now - before > CROWDED or (now - before > SHARED and _has_one_core()):
-            again = now < _quiet_until + _quiet
+        taken = now - before
+        # What stops several threads at a time counts once: for the others it began ahead of the pause.
+        if before >= _quiet_until and (taken > CROWDED or (taken > SHARED and _has_one_core())):
+            again = before < _quiet_until + LONGEST
             _quiet = min(2 * _quiet, LONGEST) if again else QUIET
             _quiet_until = now + _quiet
         if found:

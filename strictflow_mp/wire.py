@@ -226,7 +226,8 @@ class Stream:
 
 
 def _damaged(error: Exception) -> ProtocolError:
-    return ProtocolError(f"a damaged frame arrived, or one that is too long ({str(error) or type(error).__name__})")
+    what = "a frame is too long" if isinstance(error, msgpack.BufferFull) else "a damaged frame arrived"
+    return ProtocolError(f"{what} ({str(error) or type(error).__name__})")
 
 
 def _check_frames(frames: Iterable[Any]) -> None:

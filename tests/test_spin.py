@@ -8,6 +8,8 @@ import pytest
 
 from strictflow_mp import spin
 
+SPIN, SHARED, CROWDED = spin.SPIN, spin.SHARED, spin.CROWDED
+
 
 @pytest.fixture(autouse=True)
 def rested(monkeypatch):
@@ -78,21 +80,47 @@ def pause_of(clock):
     return clock.now - began
 
 
-def test_each_time_that_others_still_want_the_core_nobody_spins_for_twice_as_long(clock):
-    pauses = [pause_of(clock) for _ in range(8)]
+def test_each_time_that_others_want_the_core_again_soon_nobody_spins_for_twice_as_long(clock):
+    pauses = []
+    for _ in range(8):
+        pauses.append(pause_of(clock))
+        clock.now += spin.LONGEST / 2
     factors = [min(2**n, round(spin.LONGEST / spin.QUIET)) for n in range(8)]
     assert pauses == pytest.approx([factor * spin.QUIET for factor in factors], rel=0.01)
 
 
-def test_one_hiccup_long_after_another_costs_as_little(clock):
+def test_one_hiccup_long_after_a_crowd_costs_as_little_as_the_first(clock):
     first = pause_of(clock)
-    clock.now += 2 * spin.QUIET
+    assert pause_of(clock) > 1.5 * first
+    clock.now += 1.1 * spin.LONGEST
     assert pause_of(clock) == pytest.approx(first, rel=0.01)
+
+
+def test_what_stops_several_threads_at_a_time_counts_once(clock, monkeypatch):
+    alone = pause_of(clock)
+    clock.now += 2 * spin.LONGEST
+    threads = []
+
+    def give_way() -> None:
+        if len(threads) < 4:
+            threads.append(len(threads))
+            spin.look_for(lambda: True, False)  # as another thread, that waits already
+            return
+        clock.give_way()
+
+    monkeypatch.setattr(spin, "sched_yield", give_way)
+    assert pause_of(clock) == pytest.approx(alone, rel=0.01)
+
+
+def test_the_times_are_in_order():
+    assert spin.QUIET < spin.LONGEST
+    assert SPIN < SHARED < CROWDED
 
 
 @pytest.mark.parametrize("cores", [1, 2])
 def test_who_answers_us_on_our_own_core_is_a_crowd_only_if_there_is_no_other(clock, monkeypatch, cores):
-    monkeypatch.setattr(spin.os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.setattr(spin.sys, "platform", "linux")
+    monkeypatch.setattr(spin.os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
     clock.slice = 5e-5
     assert (pause_of(clock) > spin.QUIET / 2) == (cores == 1)
 

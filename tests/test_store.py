@@ -23,7 +23,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from watched import Watched, WatchedSegment, nothing, watched_fill_record, watched_mould, watched_shape
+from watched import Watched, WatchedSegment, nothing, watched_mould, watched_shape
 
 from strictflow_mp import segment as segments
 from strictflow_mp import state as states
@@ -50,7 +50,6 @@ def _word_by_word(monkeypatch):
     monkeypatch.setattr(readers, "shape", watched_shape)
     monkeypatch.setattr(states, "shape", watched_shape)
     monkeypatch.setattr(tries, "mould", watched_mould)
-    monkeypatch.setattr(commit, "fill_record", watched_fill_record)
 
 
 class Store:
@@ -819,15 +818,29 @@ def test_when_everything_is_deleted_and_unpinned_all_memory_is_free_again(new_st
     assert (writer.bytes_used, writer.bytes_pinned) == (empty, 0)
 
 
-@pytest.mark.parametrize("size", [1000, 10_000])
-def test_what_was_replaced_rests_and_no_more_of_it_than_was_said(new_store, size):
+@pytest.mark.parametrize(("keys", "size"), [(1, 1000), (1, 10_000), (3000, 1)])
+def test_what_was_replaced_rests_and_no_more_of_it_than_was_said(new_store, keys, size):
     store = new_store(capacity=64 << 20)
-    writer, most = store.writer, 0
-    for _ in range(6000):
-        writer.publish({b"key": bytes(size)})
+    writer = store.writer
+    names = [b"%d" % number for number in range(keys)]
+    writer.publish(dict.fromkeys(names, bytes(size)))
+    most = empty = writer.bytes_used
+    for name in itertools.islice(itertools.cycle(names), 6000):
+        writer.publish({name: bytes(size)})
         most = max(most, writer.bytes_used)
     rest = commit.REST_WORDS * WORD
-    assert rest < most < 2 * rest
+    assert 0.99 * rest < most - empty < 2 * rest
+
+
+def test_the_horizon_never_falls_and_passes_each_version_whose_record_is_overwritten(new_store):
+    store = new_store(capacity=64 << 20)
+    words, writer, horizon = store.segment.words, store.writer, 0
+    for number in range(3000):
+        # Large ones make it reclaim what is younger than the ring, small ones then only what is older.
+        size = 40_000 if number > 1000 and number % 7 == 0 and number % 1000 < 500 else 8
+        writer.publish({b"%d" % (number % 40): bytes(size)})
+        assert words[W_HORIZON] >= max(horizon, writer.version - RING + 1)
+        horizon = words[W_HORIZON]
 
 
 def fill(store: Store, payload: bytes, start: int = 0) -> list[bytes]:

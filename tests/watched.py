@@ -9,7 +9,6 @@ from typing import Any
 
 from strictflow_mp.segment import W_VERSION, Segment
 from strictflow_mp.store import Take, shape
-from strictflow_mp.store.commit import fill_record
 from strictflow_mp.store.reader import CELL_HEAD
 from strictflow_mp.store.trie import KEY_SHIFT, PAYLOAD_MASK, Fill, mould
 from strictflow_mp.words import WORD
@@ -73,16 +72,6 @@ def watched_mould(lengths: int) -> Fill:
             start += len(word)
 
     return fill
-
-
-def watched_fill_record(buffer: Any, start: int, *words: int) -> None:
-    """As `fill_record`; a watched view is filled word by word."""
-    if not isinstance(buffer, Watched):
-        fill_record(buffer, start, *words)
-        return
-    for word in words:
-        buffer[start : start + WORD] = word.to_bytes(WORD, "little")
-        start += WORD
 
 
 class WatchedSegment(Segment):

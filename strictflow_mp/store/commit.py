@@ -21,7 +21,6 @@ What a commit replaces rests before it is reused, so that a read almost never me
 
 from __future__ import annotations
 
-import struct
 import sys
 import time
 from collections import deque
@@ -29,8 +28,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from ..errors import StateFull
 from ..segment import (
+    R_BASE,
     R_COUNT,
+    R_DELTA,
     R_ROOT,
+    R_TIME,
     R_VERSION,
     RECORD,
     RING,
@@ -51,9 +53,6 @@ Rest = tuple[int, list[int], list[tuple[int, int]], int]
 """What a version has replaced: the version, nodes by block, cells by block and size, all words together."""
 
 audit = sys.audit
-
-fill_record = struct.Struct("=6Q").pack_into
-"""R_VERSION, R_ROOT, R_COUNT, R_TIME, R_BASE and R_DELTA: as `mould`, in one call."""
 
 REST_WORDS = 1 << 17
 """Replaced memory that rests before it is reused: 1 MiB, about a thousand commits, and no more than a cache holds."""
@@ -185,8 +184,13 @@ class StoreWriter:
             # HORIZON before the record that overwrites version - 256's (store-store).
             publish_fence()
         audit("strictflow_mp.commit.horizon")
-        record = (W_RING + version % RING * RECORD) * WORD
-        fill_record(self._segment.buffer, record, version, trie.root, trie.count, time.time_ns(), base, delta)
+        record = W_RING + version % RING * RECORD
+        words[record + R_VERSION] = version
+        words[record + R_ROOT] = trie.root
+        words[record + R_COUNT] = trie.count
+        words[record + R_TIME] = time.time_ns()
+        words[record + R_BASE] = base
+        words[record + R_DELTA] = delta
         audit("strictflow_mp.commit.recorded")
         # All that the version reaches before the version itself (store-store).
         publish_fence()
