@@ -7,11 +7,13 @@ its ratio is one value of the figure, so the spread of the values is the noise t
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -26,6 +28,7 @@ __all__ = [
     "Outcome",
     "Run",
     "Size",
+    "bound_figures",
     "child",
     "compare",
     "duration",
@@ -113,8 +116,49 @@ def figure(title: str, bound: Bound | None = None, unit: str = "×") -> Callable
     """Make a function from `Size` to `Outcome` a row of the table, named ``module.function``."""
 
     def add(measure: Callable[[Size], Outcome]) -> Callable[[Size], Outcome]:
-        name = f"{measure.__module__.rpartition('.')[2]}.{measure.__name__}"
-        FIGURES.append(Figure(name, title, bound, unit, measure))
+        FIGURES.append(Figure(_name(measure), title, bound, unit, measure))
+        return measure
+
+    return add
+
+
+def _name(measure: Callable[..., Outcome]) -> str:
+    return f"{measure.__module__.rpartition('.')[2]}.{measure.__name__}"
+
+
+@contextmanager
+def on_cores(mine: int, theirs: int) -> Iterator[Callable[[], None]]:
+    """Run on the core *mine* meanwhile, and what is started before the call of what this yields on *theirs*.
+
+    Left to itself, the system puts the ends of a pair now on one core and now on two, where an echo takes ten times as
+    long; and on another for the next pair. Who is bound to one core gives up spinning sooner (`spin.SHARED`).
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise Missing("no process can be bound to a core here")
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) <= max(mine, theirs):
+        raise Missing("there is one core only")
+    os.sched_setaffinity(0, {cores[theirs]})
+    try:
+        yield lambda: os.sched_setaffinity(0, {cores[mine]})
+    finally:
+        os.sched_setaffinity(0, set(cores))
+
+
+def bound_figures(title: str) -> Callable[[Any], Any]:
+    """As `figure`, two rows: with both ends on one core, and with each end on its own.
+
+    The function takes also what it calls when all processes have been started, and before anything is measured.
+    """
+
+    def add(measure: Callable[[Size, Callable[[], None]], Outcome]) -> Callable[[Size, Callable[[], None]], Outcome]:
+        def bound_to(core: int, size: Size) -> Outcome:
+            with on_cores(0, core) as go:
+                return measure(size, go)
+
+        for core, where in enumerate(("both ends on one core", "each end on its core")):
+            name = f"{_name(measure)}_{('on_one_core', 'on_two_cores')[core]}"
+            FIGURES.append(Figure(name, f"{title}, {where}", None, "×", partial(bound_to, core)))
         return measure
 
     return add

@@ -9,9 +9,9 @@ from time import perf_counter
 
 from strictflow_mp import StrictFlow, write
 
-from .measure import Bound, Outcome, Size, child, compare, duration, figure, now
+from .measure import Bound, Outcome, Size, bound_figures, child, compare, duration, figure, now
 from .peers import semaphore_poster, spin
-from .writes import increment, on_cores
+from .writes import increment
 
 WORK = 0.001
 """Seconds that the P1 lasts: longer than a reader spins, so it sleeps."""
@@ -30,25 +30,12 @@ def woken(size: Size) -> Outcome:
     that works for 1 ms, notes the time and posts a named semaphore, until the one that sleeps on it runs.
     Both are medians, for a wake-up is shorter than one interruption.
     """
-    return compared_wake_ups(size, lambda: None)
+    return bound_woken(size, lambda: None)
 
 
-@figure("P1's end to the value in a gated read that waits ÷ semaphore wake, both ends on one core")
-def woken_on_one_core(size: Size) -> Outcome:
-    """`woken`, where no core has to be woken: a semaphore takes a switch, and commit and read are the rest."""
-    with on_cores(0, 0) as go:
-        return compared_wake_ups(size, go)
-
-
-@figure("P1's end to the value in a gated read that waits ÷ semaphore wake, each end on its core")
-def woken_on_two_cores(size: Size) -> Outcome:
-    """`woken`, where a core that sleeps is woken."""
-    with on_cores(0, 1) as go:
-        return compared_wake_ups(size, go)
-
-
-def compared_wake_ups(size: Size, go: Callable[[], None]) -> Outcome:
-    """As `woken`; *go* is called when all processes have been started."""
+@bound_figures("P1's end to the value in a gated read that waits ÷ semaphore wake")
+def bound_woken(size: Size, go: Callable[[], None]) -> Outcome:
+    """`woken`. On one core a semaphore takes a switch, and commit and read are the rest; on two, one is woken."""
     with StrictFlow(state={"ended": 0}) as flow, semaphore_poster(WORK) as (semaphore, poster):
         go()
         task = write(flow, key="ended")(work)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import secrets
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from strictflow_mp.store import StoreWriter
 from strictflow_mp.values import pack, pack_key, unpack
 from strictflow_mp.wire import CALL, RESULT, pack_frame, unpack_frame
 
-from .measure import Bound, Missing, Outcome, Run, Size, compare, figure
+from .measure import Bound, Outcome, Run, Size, bound_figures, compare, figure
 from .peers import answer, echo, lmdb_environment, manager_counter, redis_client, served
 from .reads import VALUE
 
@@ -97,42 +96,12 @@ def round_trip(size: Size) -> Outcome:
         return compare(one_by_one(add), echoed(sock), size, peer_is="echo", note=f"{len(REQUEST)} bytes")
 
 
-@contextmanager
-def on_cores(mine: int, theirs: int) -> Iterator[Callable[[], None]]:
-    """Run on the core *mine* meanwhile, and what is started before the call of what this yields on *theirs*.
-
-    Left to itself, the system puts the ends of a pair now on one core and now on two, where an echo takes ten times as
-    long; and on another for the next pair. Who is bound to one core gives up spinning sooner (`spin.SHARED`).
-    """
-    if not hasattr(os, "sched_setaffinity"):
-        raise Missing("no process can be bound to a core here")
-    cores = sorted(os.sched_getaffinity(0))
-    if len(cores) <= max(mine, theirs):
-        raise Missing("there is one core only")
-    os.sched_setaffinity(0, {cores[theirs]})
-    try:
-        yield lambda: os.sched_setaffinity(0, {cores[mine]})
-    finally:
-        os.sched_setaffinity(0, set(cores))
-
-
-def bound_round_trip(size: Size, core: int) -> Outcome:
-    """`round_trip` with all servers on that core, and their clients on the first."""
-    with on_cores(0, core) as go, counter() as add, echo() as sock:
+@bound_figures("P1, submit to result ÷ raw echo")
+def bound_round_trip(size: Size, go: Callable[[], None]) -> Outcome:
+    """`round_trip`. On one core there is none to be woken, or to spin on; on two, an echo wakes both, a P1 none."""
+    with counter() as add, echo() as sock:
         go()
         return compare(one_by_one(add), echoed(sock), size, peer_is="echo")
-
-
-@figure("P1, submit to result ÷ raw echo, both ends on one core")
-def round_trip_on_one_core(size: Size) -> Outcome:
-    """`round_trip`, where no core has to be woken, and no other is there to spin on."""
-    return bound_round_trip(size, 0)
-
-
-@figure("P1, submit to result ÷ raw echo, each end on its core")
-def round_trip_on_two_cores(size: Size) -> Outcome:
-    """`round_trip`, where an echo wakes two cores that sleep, and a P1 none, since both ends spin."""
-    return bound_round_trip(size, 1)
 
 
 def run_and_commit(connection: Connection, socks: list[socket]) -> None:
@@ -171,28 +140,17 @@ def asked(sock: socket) -> Run:
     return run
 
 
-def least(size: Size, core: int) -> Outcome:
+@bound_figures("an echo that runs and commits ÷ raw echo")
+def least(size: Size, go: Callable[[], None]) -> Outcome:
     """The floor of `round_trip`: what no P1 of ours can be without, one step after the other in one loop.
 
     Both ends pack and unpack; the server runs the function, writes cell, path, receipt and record, flips the version,
     lowers the flag, and answers. No future, no lock, no flag that is raised, no transaction to be undone, no queue,
     no other process that might ask, nobody who could die; and nobody spins.
     """
-    with on_cores(0, core) as go, served(run_and_commit, 1) as (one,), echo() as sock:
+    with served(run_and_commit, 1) as (one,), echo() as sock:
         go()
         return compare(asked(one), echoed(sock), size, peer_is="echo")
-
-
-@figure("an echo that runs and commits ÷ raw echo, both ends on one core")
-def least_on_one_core(size: Size) -> Outcome:
-    """`least`, where no core has to be woken."""
-    return least(size, 0)
-
-
-@figure("an echo that runs and commits ÷ raw echo, each end on its core")
-def least_on_two_cores(size: Size) -> Outcome:
-    """`least`, where a core that sleeps is woken twice."""
-    return least(size, 1)
 
 
 @figure("P1, submit to result ÷ Manager RLock + get + set", Bound("≤", 0.2))

@@ -45,7 +45,7 @@ from ..words import WORD, fence, publish_fence
 from .arena import Arena, block_size
 from .pins import PinnedVersions, clear_pins
 from .receipts import Receipts
-from .trie import KEY_SHIFT, NEXT, NODE, PAYLOAD_MASK, Hash, Trie, cell_words, walk
+from .trie import NEXT, NODE, Hash, Trie, cell_size, walk
 
 __all__ = ["BURST_BYTES", "StoreWriter"]
 
@@ -143,8 +143,7 @@ class StoreWriter:
         for pointer in walk(words, root):
             index = pointer >> 1
             if pointer & 1:
-                lengths = words[index + 2]
-                yield pointer, (index, cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK))
+                yield pointer, (index, cell_size(words, index))
             else:
                 yield pointer, (index - 1, NODE)
 
@@ -256,8 +255,7 @@ class StoreWriter:
         cells = []
         for pointer, _ in self.trie.heirs:
             index = pointer >> 1
-            lengths = memory[index + 2]
-            size = cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK)
+            size = cell_size(memory, index)
             cells.append((index, size))
             words += size
         self._resting.append((version, nodes, cells, words))
@@ -341,8 +339,7 @@ class StoreWriter:
         for _, pointer in self._held:
             index = pointer >> 1
             if pointer & 1:
-                lengths = self._words[index + 2]
-                total += block_size(cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK))
+                total += block_size(cell_size(self._words, index))
             else:
                 total += NODE
         return total * WORD

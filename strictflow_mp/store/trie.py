@@ -48,6 +48,7 @@ __all__ = [
     "Hash",
     "Take",
     "Trie",
+    "cell_size",
     "cell_words",
     "deep_find",
     "shape",
@@ -138,6 +139,12 @@ def cell_words(key_length: int, payload_length: int) -> int:
     return CELL_HEAD + (key_length + 7 >> 3) + (payload_length + 7 >> 3)
 
 
+def cell_size(words: memoryview, index: int) -> int:
+    """Words in the cell at that index."""
+    lengths = words[index + 2]
+    return cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK)
+
+
 def deep_find(words: memoryview, pointer: int, key: bytes, hashing: Hash) -> int:
     """Go on below the levels that the first hash chose; return a cell's pointer or 0."""
     for block in range(1, MAX_DEPTH // LEVELS):
@@ -204,8 +211,7 @@ class Trie:
         """Give a block back to the arena."""
         index = pointer >> 1
         if pointer & 1:
-            lengths = self._words[index + 2]
-            self._arena.release(index, cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK))
+            self._arena.release(index, cell_size(self._words, index))
         else:
             self._arena.release(index - 1, NODE)
 
