@@ -131,7 +131,7 @@ def on_cores(mine: int, theirs: int) -> Iterator[Callable[[], None]]:
     """Run on the core *mine* meanwhile, and what is started before the call of what this yields on *theirs*.
 
     Left to itself, the system puts the ends of a pair now on one core and now on two, where an echo takes ten times as
-    long; and on another for the next pair. Who is bound to one core gives up spinning sooner (`spin.SHARED`).
+    long; and on another for the next pair. Who is bound to one core gives up spinning sooner (`spin.SHARED_SECONDS`).
     """
     if not hasattr(os, "sched_setaffinity"):
         raise Missing("no process can be bound to a core here")

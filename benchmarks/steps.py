@@ -13,18 +13,20 @@ from contextlib import contextmanager
 from itertools import count, cycle
 from typing import Any
 
-from strictflow_mp import wire
-from strictflow_mp.answers import Answers
-from strictflow_mp.arguments import pack_arguments, unpack_arguments
-from strictflow_mp.future import TaskFuture
-from strictflow_mp.gate import GateKeeper
-from strictflow_mp.jobs import Call, Function
-from strictflow_mp.processes import Identity
-from strictflow_mp.segment import W_VERSION, Segment
+from strictflow_mp.coordinator.answers import Answers
+from strictflow_mp.coordinator.burst import Burst
+from strictflow_mp.coordinator.calls import Call, Function
+from strictflow_mp.coordinator.transaction import Transaction
+from strictflow_mp.memory.fences import WORD
+from strictflow_mp.memory.gatekeeper import GateKeeper
+from strictflow_mp.memory.segment import W_VERSION, Segment
 from strictflow_mp.store import Pins, StoreReader, StoreWriter, shape
-from strictflow_mp.transaction import Burst, Transaction
-from strictflow_mp.values import pack, pack_key, unpack, unpack_frozen
-from strictflow_mp.words import WORD
+from strictflow_mp.system.identity import Identity
+from strictflow_mp.values.codec import pack, unpack, unpack_frozen
+from strictflow_mp.values.keys import pack_key
+from strictflow_mp.wire import frames
+from strictflow_mp.wire.arguments import pack_arguments, unpack_arguments
+from strictflow_mp.wire.future import TaskFuture
 
 from .reads import VALUE
 from .writes import increment
@@ -135,7 +137,7 @@ class Bench:
 
         def call() -> Call:
             number = next(numbers)
-            return Call(1, number, 1, session, function, arguments, None, number, 0)
+            return Call(session, number, number, function, arguments, 0)
 
         def run() -> None:
             self.transaction.begin()
@@ -156,13 +158,13 @@ class Bench:
             self.burst.tidy()
             self.writer.receipts.acknowledge(1, next(numbers))
 
-        frame = wire.pack_frame(wire.CALL, 1000, 0, [arguments], 1000, 999)
+        frame = frames.pack_frame(frames.CALL, 1000, 0, [arguments], 1000, 999)
         yield (
             "client: pack the arguments and the frame",
-            lambda: wire.pack_frame(wire.CALL, 1000, 0, [pack_arguments((1,), {})], 1000, 999),
+            lambda: frames.pack_frame(frames.CALL, 1000, 0, [pack_arguments((1,), {})], 1000, 999),
         )
         yield "client: a future, settled", lambda: TaskFuture(None, 1, "f").settle(1)  # type: ignore[arg-type]
-        yield "coordinator: unpack the frame", lambda: wire.unpack_frame(frame)
+        yield "coordinator: unpack the frame", lambda: frames.unpack_frame(frame)
         yield "coordinator: the call as an object", call
         yield "coordinator: run it in its transaction", run_and_forget
         yield "coordinator: lower the flag, look who sleeps", lambda: self.gate.finish({1: next(numbers)})

@@ -15,13 +15,14 @@ from typing import Any
 from msgpack import packb
 
 from strictflow_mp import StrictFlow, Task, write
-from strictflow_mp.arguments import pack_arguments, unpack_arguments
-from strictflow_mp.gate import GateKeeper
-from strictflow_mp.processes import Identity
-from strictflow_mp.segment import Segment
+from strictflow_mp.memory.gatekeeper import GateKeeper
+from strictflow_mp.memory.segment import Segment
 from strictflow_mp.store import StoreWriter
-from strictflow_mp.values import pack, pack_key, unpack
-from strictflow_mp.wire import CALL, RESULT, pack_frame, unpack_frame
+from strictflow_mp.system.identity import Identity
+from strictflow_mp.values.codec import pack, unpack
+from strictflow_mp.values.keys import pack_key
+from strictflow_mp.wire.arguments import pack_arguments, unpack_arguments
+from strictflow_mp.wire.frames import CALL, RESULT, pack_frame, unpack_frame
 
 from .measure import Bound, Outcome, Run, Size, bound_figures, compare, figure
 from .peers import answer, echo, lmdb_environment, manager_counter, redis_client, served

@@ -1,10 +1,12 @@
 /* The P1 flag: submit, finish, gated read, and the slots of processes that die.
 
-   Models      gate.Gate (raise_flag, is_open, wait), gate.GateKeeper (raise_own, finish, lift, dismiss),
-               client.Client._submit, sfloop.SFLoop (_drain, _run_burst), sessions.Sessions (poll, expel, reclaim).
+   Models      memory.gate.Gate (raise_flag, is_open, wait), memory.gatekeeper.GateKeeper (raise_own, finish, lift, dismiss),
+               client.submitting._dispatch, client.outgoing.Outgoing, coordinator.loop.SFLoop, coordinator.runner.Runner.run_burst,
+               coordinator.sessions.Sessions (poll, expel), coordinator.slots.Slots.reclaim.
    Processes   A coordinator, a reader that begins at any moment, and one of: a worker with two P1 tasks; a worker with
                one, and another in its slot when it has died, or a second P1 that the first one's task submits
-               (slot 0), or a connection that may be closed while the worker lives. A worker dies (SIGKILL) or stops
+               (slot 0), or a connection that may be closed while the worker lives, or a signal handler that submits
+               at any step of the worker's own submit. A worker dies (SIGKILL) or stops
                for ever (SIGSTOP) between any two of its steps. Two slots: the coordinator's own and the worker's.
    Abstracted  A P1 is a bit, VERSION is the set of bits. A frame enters the pipe whole or not at all. Memory is
                sequentially consistent: the stores of a process are seen in order, and no load here must stay behind
@@ -24,6 +26,9 @@
 #define KEEP_SUBMITTED      7  /* dismiss leaves SUBMITTED behind FINISHED, so the next owner uses a number again */
 #define RECLAIM_IN_POLL     8  /* a slot is taken back while frames of it are received but not yet queued */
 #define OWN_AT_ONCE         9  /* FINISHED[0] passes over a P1 that a task submitted and that is still queued */
+#define STORE_BACK         10  /* SUBMITTED is stored from a number that was read before a handler submitted */
+#define NUMBER_FIRST       11  /* a number is drawn, and its frame sent later: a handler's frame overtakes it */
+#define PUT_TWICE          12  /* what a handler has put into the stream already is put there again */
 
 #ifndef MUTANT
 #define MUTANT 0
@@ -32,6 +37,7 @@
 #define SLOTS  2
 #define bit(x) (1 << (x))
 #define NESTED 0                     /* the P1 that a task submits; the others: 1 to 4 */
+#define HANDLED 5                    /* the one that a handler submits */
 
 byte submitted[SLOTS], finished[SLOTS];
 byte version;                                     /* the P1 tasks that are committed */
@@ -40,6 +46,7 @@ chan arrived[SLOTS] = [2] of { byte, byte };      /* received by poll, not yet q
 chan queue          = [5] of { byte, byte, byte } /* slot, number, P1 */
 bool alive[SLOTS], connected[SLOTS], taken[SLOTS];
 byte queued[SLOTS];
+bool enters;                                      /* a handler submits in the middle of a worker's submit */
 bool over;                                        /* the read has ended: so does the model */
 
 byte told, lost;                                  /* ghosts: submits that returned; frames of an expelled process */
@@ -48,35 +55,106 @@ byte room[SLOTS];                                 /* frames that a stubborn coor
 
 inline mortal() { if :: true :: atomic { alive[me] = false; goto stopped } :: goto stopped fi }
 
+/* A submit may begin in the middle of another one: after any step of that, in a handler of its process. It goes through
+   all of its own steps before the other goes on. `drawn`: the last number that is hung behind the others; `put`: all up to
+   it are in the stream; `sent`: in the pipe. */
+
+inline flush() {
+    do
+    :: sent < put ->
+        atomic {                                  /* S1 */
+            if
+            :: connected[me] -> pipe[me]!(sent + 1), tasks[sent + 1 - first]; sent++
+            :: else -> goto stopped               /* has_ended: no flag is raised */
+            fi
+        }
+        mortal()
+    :: else -> break
+    od
+}
+
+inline raise_flag(ticket) {
+#if MUTANT == STORE_BACK
+    submitted[me] = ticket
+#else
+    atomic { if :: submitted[me] < ticket -> submitted[me] = ticket :: else fi }       /* S2: one C call */
+#endif
+}
+
+inline interrupt() {
+    if
+    :: handler ->
+        handler = false;
+#if MUTANT == NUMBER_FIRST
+        drawn++; inner = drawn;
+        atomic { if :: connected[me] -> pipe[me]!inner, HANDLED :: else -> goto stopped fi };
+        mortal();
+#else
+        put = drawn;                              /* what is numbered already, first */
+        mortal();
+        atomic { drawn++; inner = drawn; tasks[inner - first] = HANDLED };
+        put = inner;
+        mortal();
+        flush();
+#endif
+        raise_flag(inner);
+        mortal();
+        atomic { told = told | bit(HANDLED); inner = 0 }
+    :: true
+    fi
+}
+
 proctype Worker(byte me, task, count) {
-    byte number = submitted[me];                  /* Gate.last */
+    byte first = submitted[me];                   /* Gate.last */
+    byte number, inner, drawn = first, put = first, sent = first;
+    byte tasks[4];
+    bool handler = enters;
     {
     do
     :: count == 0 -> break
     :: count > 0 ->
-        number++;
+#if MUTANT == NUMBER_FIRST
+        drawn++; number = drawn;
+        interrupt();
+        atomic { if :: connected[me] -> pipe[me]!number, task :: else -> goto stopped fi };
+        mortal();
+#else
+        do
+        :: number = drawn + 1;                    /* packed with this number */
+           interrupt();
+           atomic {
+               if
+               :: drawn == number - 1 -> drawn = number; tasks[number - first] = task; break
+               :: else                            /* packed anew */
+               fi }
+        od;
+        interrupt();
 #if MUTANT == FLAG_BEFORE_FRAME
         submitted[me] = number;
         mortal();
 #endif
-        atomic {                                  /* S1 */
-            if
-            :: connected[me] -> pipe[me]!number, task
-            :: else -> goto stopped               /* has_ended: no flag is raised */
-            fi
-        }
-        mortal();
+#if MUTANT == PUT_TWICE
+        atomic { if :: put < number -> put = number :: else -> pipe[me]!number, task fi };
+#else
+        atomic { if :: put < number -> put = number :: else fi };      /* one C call: once */
+#endif
+        interrupt();
+        flush();
+#endif
+        interrupt();
 #if MUTANT == RETURN_BEFORE_FLAG
         told = told | bit(task);
 #endif
-        submitted[me] = number;                   /* S2 */
+        raise_flag(number);
         mortal();
+        interrupt();
         atomic { told = told | bit(task);         /* S3 */
                  task++; count-- }
     od;
     mortal();
 stopped:
-    atomic { number = 0; task = 0; count = 0 }
+    atomic { number = 0; task = 0; count = 0; inner = 0; drawn = 0; put = 0; sent = 0; first = 0; handler = false;
+             tasks[0] = 0; tasks[1] = 0; tasks[2] = 0; tasks[3] = 0 }
     } unless { over }
 }
 
@@ -151,6 +229,7 @@ active proctype Coordinator() {
         :: admit(1, 1, 1); nests = true           /* and one that its task submits */
         :: admit(1, 2, 2)
         :: admit(1, 2, 1); expels = true          /* whose connection may be closed while it lives */
+        :: enters = true; admit(1, 1, 1)          /* in the middle of whose submit a handler submits */
         fi
     }
     {

@@ -1,7 +1,7 @@
 /* From cell to cell: who knows where a key's cell lay follows NEXT instead of walking from the root.
 
-   Models      store.commit.StoreWriter (commit, recover, _reclaim), store.reader.StoreReader.follow, takeover.take_over,
-               state.FlowState.__getitem__.
+   Models      store.commit.StoreWriter (commit, recover, _reclaim), store.reader.StoreReader.follow,
+               coordinator.takeover.take_over, client.state.FlowState.__getitem__.
    Processes   A writer that replaces the cell of one key, deletes it, or commits something else; that reclaims whenever it
                likes, up to any version; that is killed between any two of its steps, DEATHS times, and has a successor
                each time. A reader that now and then walks, and else follows, in either order.

@@ -12,13 +12,13 @@
    Properties  A read that is not done again, and every read under a pin, sees the cells of its version (assert).     */
 
 /* Mutants */
-#define NO_READER_FENCE   1  /* P2 is missing: HORIZON is loaded while the pin is still in the buffer */
+#define NO_READER_FENCE   1  /* H2 is missing: HORIZON is loaded while the pin is still in the buffer */
 #define NO_WRITER_FENCE   2  /* U2 is missing: PINS is loaded while HORIZON is still in the buffer */
 #define PINS_FIRST        3  /* U2 ahead of U1 */
 #define NO_G3             4  /* a read without a pin looks at HORIZON ahead of the memory, not behind it */
-#define NO_C2             5  /* the ring's record is used again without raising HORIZON */
-#define C3_BEFORE_C2      6  /* the record is overwritten, then HORIZON raised */
-#define C4_BEFORE_C3      7  /* VERSION ahead of its record */
+#define NO_C3             5  /* the ring's record is used again without raising HORIZON */
+#define C4_BEFORE_C3      6  /* the record is overwritten, then HORIZON raised */
+#define C5_BEFORE_C4      7  /* VERSION ahead of its record */
 #define NO_SECOND_LOOK    8  /* a pin's record is loaded, and HORIZON is not looked at again */
 #define PIN_IS_BIRTH      9  /* a pin keeps only the cells of the very version */
 
@@ -73,19 +73,19 @@ inline commit() {
     atomic { v++; i = 0; do :: replaced[i] != FREE -> i++ :: else -> break od;
              replaced[at[v % 2]] = v; at[v % 2] = i; replaced[i] = LIVE; birth[i] = v };
     atomic { stores!CELL, i, v; i = 0 };          /* C1 */
-#if MUTANT == C3_BEFORE_C2
+#if MUTANT == C4_BEFORE_C3
     store_record();
     if :: v >= RING -> raise_horizon(v - RING + 1) :: else fi;
 #else
-#if MUTANT != NO_C2
-    if :: v >= RING -> raise_horizon(v - RING + 1) :: else fi;            /* C2 */
+#if MUTANT != NO_C3
+    if :: v >= RING -> raise_horizon(v - RING + 1) :: else fi;            /* C3 */
 #endif
-#if MUTANT != C4_BEFORE_C3
-    store_record();                               /* C3 */
+#if MUTANT != C5_BEFORE_C4
+    store_record();                               /* C4 */
 #endif
 #endif
-    stores!VERSION, 0, v;                         /* C4 */
-#if MUTANT == C4_BEFORE_C3
+    stores!VERSION, 0, v;                         /* C5 */
+#if MUTANT == C5_BEFORE_C4
     store_record();
 #endif
 }
@@ -149,11 +149,11 @@ end:do
         atomic { assert(a == born(0, number) && b == born(1, number)) };
         goto again
     :: number = version;                          /* with a pin */
-        atomic { if :: is_floor = true :: is_floor = false fi; ours!number + 1 };             /* P1 */
+        atomic { if :: is_floor = true :: is_floor = false fi; ours!number + 1 };             /* H1 */
 #if MUTANT != NO_READER_FENCE
-        empty(ours);                              /* P2 */
+        empty(ours);                              /* H2 */
 #endif
-        if :: horizon > number -> goto unpin :: else fi;      /* P3 */
+        if :: horizon > number -> goto unpin :: else fi;      /* H3 */
         root = record[number % RING];
 #if MUTANT != NO_SECOND_LOOK
         if :: horizon > number -> goto unpin :: else fi;

@@ -1,7 +1,7 @@
 /* Slots that nobody has had: readers do not compare their flags, until one of them is given away.
 
-   Models      gate.GateKeeper.widen, sessions.Sessions._admit, takeover.take_over, gate.Gate.within_reach,
-               state.FlowState (__getitem__, _read, _look_up), client.Client.rebind.
+   Models      memory.gatekeeper.GateKeeper.widen, coordinator.admission.Admission._admit,
+               coordinator.takeover.take_over, memory.gate.Gate.within_reach, client.state.FlowState (__getitem__, _read, _look_up), client.client.Client.rebind.
    Processes   A coordinator that commits whatever it likes, and lets a newcomer in; it is killed between any two of its
                steps, DEATHS times, and has a successor each time. The newcomer submits one P1. A reader, that reads READS
                times. Slot 0 is everybody's, slot 1 the newcomer's; REACH is 1 to begin with.
@@ -15,11 +15,11 @@
 #define VERSION_FIRST   2  /* A3 ahead of A2 */
 #define NO_VERSION      3  /* A3 is missing */
 #define TOLD_EARLY      4  /* A4 ahead of A3 */
-#define KEEP_ANYWAY     5  /* B7 keeps what it found, whatever EPOCH is by then */
-#define REACH_FIRST     6  /* B6 takes REACH ahead of the EPOCH that it is bound for */
+#define KEEP_ANYWAY     5  /* L7 keeps what it found, whatever EPOCH is by then */
+#define REACH_FIRST     6  /* L6 takes REACH ahead of the EPOCH that it is bound for */
 #define SAME_EPOCH      7  /* a takeover leaves EPOCH as it is */
 #define SAME_VERSION    8  /* a takeover makes no version */
-#define BLIND           9  /* B3 is missing */
+#define BLIND           9  /* L3 is missing */
 
 #ifndef MUTANT
 #define MUTANT 0
@@ -105,13 +105,13 @@ active proctype Reader() {
         must = told;                              /* the read begins */
         if
         :: kept == 0 -> goto length
-        :: within > 1 && submitted && !finished -> goto length                /* B1 */
+        :: within > 1 && submitted && !finished -> goto length                /* L1 */
         :: else
         fi;
-        now = version;                            /* B2 */
+        now = version;                            /* L2 */
         if :: now == kept -> goto found :: else fi;
 #if MUTANT != BLIND
-        if :: epoch != mine -> goto length :: else fi;                        /* B3 */
+        if :: epoch != mine -> goto length :: else fi;                        /* L3 */
 #endif
         kept = now;
         goto found;
@@ -119,13 +119,13 @@ length:
 #if MUTANT == REACH_FIRST
         now = reach;
 #endif
-        seen = epoch;                             /* B4 */
+        seen = epoch;                             /* L4 */
         if
-        :: submitted -> finished                  /* B5 */
+        :: submitted -> finished                  /* L5 */
         :: !submitted
         fi;
         if
-        :: seen != mine ->                        /* B6 */
+        :: seen != mine ->                        /* L6 */
             mine = seen; kept = 0;
 #if MUTANT == REACH_FIRST
             within = now
@@ -134,7 +134,7 @@ length:
 #endif
         :: else
         fi;
-        now = version;                            /* B7 */
+        now = version;                            /* L7 */
 #if MUTANT == KEEP_ANYWAY
         kept = now;
 #else

@@ -1,10 +1,11 @@
 /* Commit and receipts, a coordinator that dies at any step, takeover, coming back.
 
-   Models      runner.Runner.run_burst, store.commit.StoreWriter.publish, store.receipts.Receipts, suspect.Marker,
-               takeover.take_over, sessions.Sessions (_let_back, reclaim), sfloop.SFLoop (_accept, _queue, _answer_again),
-               client.Client (put, _come_back, _rejoin, _settle_one, pass_gate), state.FlowState.__getitem__.
+   Models      coordinator.runner.Runner.run_burst, store.commit.StoreWriter.publish, store.receipts.Receipts,
+               memory.suspect.Marker, coordinator.takeover.take_over, coordinator.slots.Slots, coordinator.requests.Requests,
+               client.submitting, client.comeback, client.client.Client.pass_gate, client.state.FlowState.__getitem__.
    Processes   A coordinator that is killed between any two of its steps, DEATHS times, and each time has a successor;
-               a client with TASKS P1 tasks; and one of: it reads at any moment; it may take back its last task; another
+               a client with TASKS P1 tasks, which once may take too long to come back, and go again before it has sent
+               all; and one of: it reads at any moment; it may take back its last task; another
                process begins one read at any moment.
    Abstracted  A P1 sets its bit in the tree; its seq and its number in the gate are one. A task fails only
                in the scene in which the client reads. Slot 0, BASE, P2 and functions are left out, and so are HORIZON and reuse (pins.pml) and sleeping (waiting.pml). Times
@@ -33,6 +34,8 @@
 #define RESTARTS_LATE      11  /* a client that came back takes RESTARTS from memory, not from who welcomed it */
 #define UNREAD_FIRST       12  /* a task is awaited before it is pending: a thread that settles another acks it */
 #define FAILED_UNWRITTEN   13  /* a burst of which nothing is left to commit commits no receipts either */
+#define LIFTED_AT_ONCE     14  /* the flag of a client that goes again before it has sent all has no grace */
+#define NOT_WITHDRAWN      15  /* what such a client has sent stays queued when it comes once more */
 
 #ifndef MUTANT
 #define MUTANT 0
@@ -86,11 +89,11 @@ inline mortal() { if :: deaths < DEATHS -> deaths++; goto dead :: true fi }
 
 inline finish(number) { if :: number > finished -> finished = number :: else fi }
 
-inline publish() {                                /* C3 to C5 */
+inline publish() {                                /* C1 to C5 */
 #if MUTANT == ONE_BLOCK
     block = delta[version];
 #endif
-    atomic { mortal();                            /* C3, C4: neither is looked at before C5 */
+    atomic { mortal();                            /* C1, C4: neither is looked at before C5 */
 #if MUTANT == RECEIPT_LATER
         ok[block] = r_ok & ~burst; crashed[block] = r_crashed;
 #else
@@ -177,8 +180,8 @@ end:do
                          assert(!(victims & bit(seq)));               /* never again after a crash */
                          assert(!((committed | burst) & bit(seq)));   /* at most once */
                          assert(!(passed & bit(seq)));                /* nor behind a reader's back */
-                         suspect = seq + 1 };             /* C1: it runs */
-                atomic { mortal(); suspect = 0;           /* C2 */
+                         suspect = seq + 1 };             /* E1: it runs */
+                atomic { mortal(); suspect = 0;           /* E2 */
                          if
                          :: raised = raised & ~bit(seq); burst = burst | bit(seq)
                          :: scene == READS -> raised = raised | bit(seq)          /* it fails */
@@ -197,19 +200,28 @@ end:do
 #else
         if :: ran -> publish() :: else fi;
 #endif
-        atomic { mortal(); finish(last) };        /* C6 */
+        atomic { mortal(); finish(last) };        /* F2 */
 #if MUTANT != ANSWER_FIRST
         answer();
 #endif
         atomic { burst = 0; ran = 0; last = 0; count = 0 }
-    :: atomic { away && submitted > finished ->   /* the grace is over */
+    :: atomic { away && empty(queue) && submitted > finished ->          /* the grace is over */
             if
             :: scene == WATCHED ->
                 forsaken = forsaken | (below(submitted) & ~below(finished)); must = must & ~forsaken
             :: else
             fi;
             finished = submitted }
+    :: atomic { !connected && !away && empty(pipe) ->         /* it came back, and went again before it had sent all */
+#if MUTANT == LIFTED_AT_ONCE
+            finished = submitted;
+#endif
+            away = true }
     :: atomic { knock && away ->                  /* B3 */
+#if MUTANT != NOT_WITHDRAWN
+            do :: nempty(queue) -> queue?seq, runs :: empty(queue) -> break od;
+            waiting = 0; runs = false;
+#endif
 #if MUTANT != NO_FALL_BACK
             if :: knock != NONE && knock - 1 < finished -> finished = knock - 1 :: else fi;
 #endif
@@ -263,6 +275,10 @@ inline come_back() {
             do :: seq < TASKS && !(pending & bit(seq)) -> seq++ :: else -> break od;
             knock = (seq < TASKS -> seq + 1 : NONE); seq = 0 };
         if
+        :: atomic { !has_gone && connected ->     /* too late: it goes again, and tries once more */
+                has_gone = true;
+                if :: pending & 1 -> pipe!TASK, 0, 0 :: true fi;
+                connected = false }
         :: atomic { connected -> seen = welcomed };
             atomic {                              /* B4 */
                 if
@@ -291,7 +307,7 @@ inline come_back() {
 active proctype Client() {
     byte next, drawn, pending, acked, seq, mine, seen, cancelling, target;
     mtype kind;
-    bool is_sent;
+    bool is_sent, has_gone;
     byte fresh_tree;
     if :: scene = READS :: scene = CANCELS :: scene = WATCHED fi;
     do

@@ -1,6 +1,6 @@
 /* Waiting at the gate: the WAITING word, the semaphore, the threads of one process.
 
-   Models      gate.Gate (_wait_asleep, _lead, _follow, _wake_followers), gate.GateKeeper (finish, wake, stop).
+   Models      memory.gate.Gate (_wait_asleep, _lead, _follow, _wake_followers), memory.gatekeeper.GateKeeper (finish, wake, stop).
    Processes   Two threads of one process, each waiting for the first or the second of two finishes; a coordinator that
                finishes twice, or once and then stops the flow.
    Memory      TSO: every process has a store buffer, a queue that empties at any time; a load sees memory, for nobody

@@ -6,6 +6,8 @@
 50000
 """
 
+from typing import TYPE_CHECKING, Any
+
 from .core import setup_logging
 from .errors import (
     CoordinatorLost,
@@ -23,13 +25,18 @@ from .errors import (
     TaskTimeout,
     TooManyWorkers,
 )
-from .flow import StrictFlow
-from .frozen import FrozenDict, FrozenList, FrozenSet
-from .future import TaskFuture
-from .keys import Key
-from .state import Snapshot
-from .tasks import Task, read, write
-from .watch import Change, Watch
+from .flow.handle import StrictFlow
+from .flow.tasks import Task, read, write
+from .flow.watch import Change, Watch
+from .store.views import Snapshot
+from .values.annotations import Key
+from .values.frozen import FrozenDict, FrozenList, FrozenSet
+from .wire.future import TaskFuture
+
+if TYPE_CHECKING:
+    from .flow.workers import Worker, WorkerGroup
+    from .trace import Trace
+    from .wire.stats import FlowStats
 
 __version__ = "0.1.0"
 
@@ -38,6 +45,7 @@ __all__ = [
     "CoordinatorLost",
     "FlowExists",
     "FlowNotRunning",
+    "FlowStats",
     "FrozenDict",
     "FrozenList",
     "FrozenSet",
@@ -57,8 +65,27 @@ __all__ = [
     "TaskFuture",
     "TaskTimeout",
     "TooManyWorkers",
+    "Trace",
     "Watch",
+    "Worker",
+    "WorkerGroup",
     "read",
     "setup_logging",
     "write",
 ]
+
+_LATE = {"FlowStats": "wire.stats", "Trace": "trace", "Worker": "flow.workers", "WorkerGroup": "flow.workers"}
+"""The room of each class that is imported when somebody names it: hardly anybody does, and it takes some 10 ms."""
+
+if not TYPE_CHECKING:  # a checker would believe that every name is here
+
+    def __getattr__(name: str) -> Any:
+        if name not in _LATE:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        found = globals()[name] = getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
+        return found
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_LATE})

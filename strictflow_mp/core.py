@@ -10,15 +10,26 @@ from __future__ import annotations
 
 import contextvars
 import logging
+import select
 import sys
 import threading
+from typing import Any
 
-__all__ = ["FIELDS", "READ_PRIORITY", "WRITE_PRIORITY", "logger", "priority", "setup_logging"]
+__all__ = [
+    "FIELDS",
+    "READ_PRIORITY",
+    "WRITE_PRIORITY",
+    "configured_level",
+    "logger",
+    "priority",
+    "serve",
+    "setup_logging",
+]
 
 WRITE_PRIORITY = 1
-"""P1."""
+"""P1: a task that may change the state. It runs alone, before every P2 that has not begun."""
 READ_PRIORITY = 2
-"""P2."""
+"""P2: a task that only reads."""
 
 logger = logging.getLogger("strictflow_mp")
 logger.addHandler(logging.NullHandler())
@@ -39,7 +50,7 @@ restarts: how often the coordinator, or a worker, has been started again.
 exit_code: that of a process that has ended; negative for a signal.
 """
 
-_flow: str | None = None
+_flow: str | None = None  # set once, in the coordinator's process
 
 
 def serve(flow: str) -> None:
@@ -61,17 +72,54 @@ logger.addFilter(_complete)
 
 _FORMAT = "[%(asctime)s.%(msecs)03d] %(levelname)-8s %(place)-12s (P%(flow_priority)s) %(message)s"
 
-_level: int | None = None
+_level: int | None = None  # what `setup_logging` was given last; None before that
 
 
 def _annotate(record: logging.LogRecord) -> bool:
     record.flow_priority = priority.get() or "-"
-    from multiprocessing import current_process  # loading it takes 15 ms, which only log lines need
+    from multiprocessing import current_process  # loading it takes 15 ms, and only log lines need it
 
     thread = threading.current_thread()
     is_main = thread is threading.main_thread()
     record.place = current_process().name if is_main else thread.name
     return True
+
+
+FULL_MS = 100
+"""Milliseconds that a log line waits for room where it is printed; when there is none, it and the next are dropped."""
+
+
+class _Printer(logging.StreamHandler):  # type: ignore[type-arg]  # no [TextIO] at runtime before 3.11
+    """Prints lines, and holds nobody up when nobody reads them: they are dropped, and counted."""
+
+    is_strictflow = True
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        # Lines since the last one that found room.
+        self._dropped = 0
+        # None: the stream is no file, or takes whatever it is given (`system.outlet`).
+        self._poll: select.poll | None = None
+        if not getattr(getattr(getattr(stream, "buffer", None), "raw", None), "never_waits", False):
+            try:
+                descriptor = stream.fileno()
+            except (AttributeError, OSError, ValueError):
+                return
+            self._poll = select.poll()
+            self._poll.register(descriptor, select.POLLOUT)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line if there is room."""
+        if self._poll is not None and not self._poll.poll(0 if self._dropped else FULL_MS):
+            self._dropped += 1
+            return
+        if self._dropped:
+            dropped, self._dropped = self._dropped, 0
+            try:
+                self.stream.write(f"strictflow-mp: {dropped} lines were dropped here: nobody read them\n")
+            except Exception:
+                self.handleError(record)
+        super().emit(record)
 
 
 def setup_logging(level: int | str = logging.INFO) -> None:
@@ -87,8 +135,7 @@ def setup_logging(level: int | str = logging.INFO) -> None:
     for handler in logger.handlers:
         if getattr(handler, "is_strictflow", False):
             return
-    handler = logging.StreamHandler(sys.stdout)
-    handler.is_strictflow = True  # type: ignore[attr-defined]
+    handler = _Printer(sys.stdout)
     handler.setFormatter(logging.Formatter(_FORMAT, datefmt="%H:%M:%S"))
     handler.addFilter(_annotate)
     logger.addHandler(handler)

@@ -6,8 +6,6 @@ message of three parts: what happened, to which flow (and key), and what to do a
 
 from __future__ import annotations
 
-from struct import error as StructError
-
 __all__ = [
     "CoordinatorLost",
     "FlowExists",
@@ -50,25 +48,6 @@ class StrictFlowError(Exception):
         if self.flow is None:
             self.flow = flow
         return self
-
-
-FAULTS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    BufferError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    RuntimeError,
-    StructError,
-    StrictFlowError,
-    TypeError,
-    ValueError,
-)
-"""What goes wrong by itself while a value is packed or unpacked. An exception of any other class was raised by a signal
-handler that ran meanwhile: it is its user's, and passes."""
 
 
 # The flow is not there, or there already.

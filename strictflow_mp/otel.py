@@ -14,7 +14,6 @@ task with ``where="worker"`` has one span, in the process that runs it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -24,10 +23,12 @@ try:
 except ImportError as error:
     raise ImportError("strictflow_mp.otel needs opentelemetry-api: pip install 'strictflow-mp[otel]'") from error
 
-from .tasks import NO_KEY, Task, is_async
+from .flow.tasks import NO_KEY, Task, is_async
 
 if TYPE_CHECKING:
-    from .future import TaskFuture
+    from collections.abc import Callable, Iterable, Iterator
+
+    from .wire.future import TaskFuture
 
 __all__ = ["SpannedTask", "spans"]
 

@@ -9,7 +9,6 @@ One process of the flow is enough. Names and units are those of Prometheus' best
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 try:
@@ -23,8 +22,10 @@ except ImportError as error:
 from .errors import CoordinatorLost, FlowNotRunning
 
 if TYPE_CHECKING:
-    from .flow import StrictFlow
-    from .stats import FlowStats
+    from collections.abc import Iterator
+
+    from .flow.handle import StrictFlow
+    from .wire.stats import FlowStats
 
 __all__ = ["FlowCollector"]
 

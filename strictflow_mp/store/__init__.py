@@ -1,7 +1,9 @@
-"""The store: a persistent tree in shared memory, one root flip for each commit.
+"""The store: the state, a persistent tree in shared memory; one root flip makes a commit visible, whole.
 
-`arena` finds room, `trie` lays out and edits the tree, `commit` publishes versions, `reader` reads them,
-`pins` keeps old ones alive for snapshots, `receipts` says in each commit whose tasks are in it.
+`arena` finds room, `trie` lays out and edits the tree, `commit` publishes versions (and, after a death, has a
+`survey` of what is in use, in `steps`), and `reader` reads them without a lock: it notices when what it has read was
+reused meanwhile. `pins` keeps an old version for snapshots, `views` shows one version as a mapping, and `receipts` says
+in each commit whose tasks are in it. One process writes, the coordinator; any number read.
 """
 
 from .commit import BURST_BYTES, StoreWriter

@@ -7,41 +7,49 @@ Order of a read: load VERSION; load its record; walk; copy the payload; *then* l
 If we die here: nothing is left but pins, which the coordinator clears.
 Invariants: nothing read is decoded or returned before the horizon has been checked. Until then it may be
     anything: steps out of the claimed memory raise IndexError, depth is bounded, and either means "again".
+
+The protocol: docs/protocols/commit.md.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ProtocolError
-from ..segment import R_COUNT, R_ROOT, RECORD, RING, W_HORIZON, W_RING, W_VERSION, Segment
-from ..words import WEAK, WORD, read_fence
-from .pins import Pins
-from .trie import CELL_HEAD, FANOUT, GONE, KEY_SHIFT, LEVELS, NEXT, PAYLOAD_MASK, Hash, deep_find, shape, walk
+from ..memory.fences import WEAK, WORD, read_fence
+from ..memory.segment import R_COUNT, R_ROOT, RECORD_WORDS, RING_RECORDS, W_HORIZON, W_RING, W_VERSION, Segment
+from .trie import CELL_HEAD_WORDS, FANOUT, GONE, KEY_SHIFT, LEVELS, NEXT, PAYLOAD_MASK, Hash, deep_find, shape, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .pins import Pins
 
 __all__ = ["ARRAYS", "STRAYED", "Cell", "Found", "Route", "StoreReader", "Version"]
 
-TRIES = 16
+PLAIN_TRIES = 16
 """Plain reads that the horizon may overtake before a read takes a pin."""
 
-PINNING = 1_000
+PIN_TRIES = 1_000
 """Pins that commits may overtake: each try has a newer version, so that never happens in a sound segment."""
 
 ARRAYS = 0xC1
-"""First byte of a payload with arrays (`values`)."""
+"""First byte of a payload with arrays (`values.arrays.MAGIC`)."""
 
-TURNS = 6
+ROUTE_TURNS = 6
 """Levels that a route knows its turns for: enough for a thousand million keys. Below, they are worked out."""
 
 HOPS = range(8)
 """From cell to cell, until a walk from the root is as short."""
 
-_LATER = range(TURNS, LEVELS)
+_LATER = range(ROUTE_TURNS, LEVELS)
+"""Levels that the first hash chooses and a route has no turn for."""
 _ROOTS = W_RING + R_ROOT
-_IN_RING = RING - 1
+"""Where ROOT of the first record is."""
+_IN_RING = RING_RECORDS - 1
+"""What to leave of a version for its place in the ring, of which the size is a power of two."""
 
 
 def _damaged(name: str) -> ProtocolError:
@@ -49,19 +57,26 @@ def _damaged(name: str) -> ProtocolError:
 
 
 class Cell:
-    """A cell as a pinned version holds it: valid only while the version is pinned."""
+    """A cell as a pinned version holds it: valid only while the version is pinned.
 
-    __slots__ = ("birth", "key", "payload", "place")
+    Attributes:
+        index: the cell's first word.
+        birth: the version that wrote it.
+        key: packed; a copy.
+        payload: packed, where it lies in shared memory, read-only.
+    """
 
-    def __init__(self, place: int, birth: int, key: bytes, payload: memoryview) -> None:
-        self.place = place
+    __slots__ = ("birth", "index", "key", "payload")
+
+    def __init__(self, index: int, birth: int, key: bytes, payload: memoryview) -> None:
+        self.index = index
         self.birth = birth
         self.key = key
         self.payload = payload
 
 
 Found = tuple[int, int, "bytes | None", int, int]
-"""Version read, version that wrote the cell, payload, place of the cell, its word of lengths."""
+"""Version read, version that wrote the cell, payload, index of the cell, its word of lengths."""
 
 STRAYED = (IndexError, OverflowError, struct.error)
 """What is raised by a step out of the claimed memory: it was reused under the reader, or has grown since it looked."""
@@ -76,7 +91,14 @@ class Route(NamedTuple):
 
 
 class Version:
-    """A pinned version: number, root of its tree, number of keys. Release it exactly once."""
+    """A pinned version. Release it exactly once.
+
+    Attributes:
+        number: the version.
+        root: pointer to the top of its tree, 0 when that is empty.
+        count: its number of keys.
+        is_exact: whether a pin word of its own keeps it, and not the floor, when it was pinned.
+    """
 
     __slots__ = ("count", "is_exact", "number", "root")
 
@@ -97,6 +119,8 @@ class StoreReader:
         self._segment = segment
         self._pins = pins
         self.hash = Hash(segment.hash_key)
+        # All that was claimed when we last looked. Renewed, never shortened, when a walk leads out of it or a version
+        # is pinned; by any thread. The two may then be of two looks, which does no harm: each bounds its own loads.
         self._words, self.buffer = segment.claimed()
 
     def version(self) -> int:
@@ -110,30 +134,28 @@ class StoreReader:
         turns = (bits & 31, bits >> 5 & 31, bits >> 10 & 31, bits >> 15 & 31, bits >> 20 & 31, bits >> 25)
         return Route(key, digest, turns)
 
-    def follow(self, version: int, place: int, since: int, lengths: int) -> Found | None:
+    def follow(self, version: int, cell: int, since: int, lengths: int) -> Found | None:
         """What came in the place of a key's cell in *version*. None: look the key up instead.
 
         Args:
-            version: loaded just now.
-            place: of the key's cell in version *since*. If it is still that one, the birth that is found is 0 and the
-                payload None. The payload is None too when a new one holds arrays: those are read under a pin.
+            version: loaded just now (N1), with a fence behind it (load-load): or a cell that is replaced by then seems
+                to be the last.
+            cell: index of the key's cell in version *since*. If it is still that one, the birth that is found is 0 and
+                the payload None. The payload is None too when a new one holds arrays: those are read under a pin.
             lengths: that the new one has, probably.
         """
         words, buffer = self._words, self.buffer
         take = shape(lengths)
         birth, payload = 0, None
         try:
-            # The version before what it has replaced; a cell after what led to it (load-load).
-            if WEAK:
-                read_fence()
-            following = words[place + NEXT]
+            following = words[cell + NEXT]
             for _ in HOPS:
                 if following <= GONE:
                     if following:
                         return None
                     break
-                if WEAK:
-                    read_fence()
+                # No fence: the address of the next cell (N3) is computed from the NEXT that leads to it, which orders
+                # the two on any machine. Pairs with the first fence of `store.commit.StoreWriter.commit`.
                 start = (following >> 1) * WORD
                 born, found, beyond, data = take(buffer, start)
                 if born > version:
@@ -141,7 +163,7 @@ class StoreReader:
                 if found != lengths:
                     lengths, take = found, shape(found)
                     born, _, beyond, data = take(buffer, start)
-                place, birth, payload = following >> 1, born, data
+                cell, birth, payload = following >> 1, born, data
                 if born == version:
                     break  # what has replaced it is younger
                 following = beyond
@@ -151,10 +173,12 @@ class StoreReader:
                 payload = None
         except STRAYED:
             return None
-        # All that was read before the horizon (load-load). A cell of *since*, or a later one, is reused only behind it.
+        # Load-load: HORIZON (N4) may not be loaded before the cells: one of *since*, or a later one, is reused only
+        # after HORIZON has passed *since*. Pairs with the fences of `store.commit.StoreWriter._reclaim` and
+        # `recover`.
         if WEAK:
             read_fence()
-        return (version, birth, payload, place, lengths) if words[W_HORIZON] <= since else None
+        return (version, birth, payload, cell, lengths) if words[W_HORIZON] <= since else None
 
     def get(self, route: Route, known: int = -1) -> Found | None:
         """The committed cell of a key. None when absent.
@@ -168,11 +192,12 @@ class StoreReader:
         tries = 0
         while True:
             words, buffer = self._words, self.buffer
-            version = words[W_VERSION]
-            if WEAK:
-                read_fence()
+            version = words[W_VERSION]  # G1
+            # No fence: the address of the record (G2) is computed from VERSION, that of each block from the pointer to
+            # it, which orders them on any machine. Pairs with the last fence of `store.commit.StoreWriter.commit`.
             try:
-                pointer = words[_ROOTS + (version & _IN_RING) * RECORD]
+                # As `Segment.record`, spelled out.
+                pointer = words[_ROOTS + (version & _IN_RING) * RECORD_WORDS]
                 for turn in turns:
                     if pointer & 1 or not pointer:
                         break
@@ -185,7 +210,7 @@ class StoreReader:
                     if words[index + 1] == digest:
                         birth = words[index]
                         lengths = words[index + 2]
-                        start = (index + CELL_HEAD) * WORD
+                        start = (index + CELL_HEAD_WORDS) * WORD
                         middle = start + (lengths >> KEY_SHIFT)
                         body = middle + 7 & -8
                         end = body + (lengths & PAYLOAD_MASK)
@@ -196,7 +221,9 @@ class StoreReader:
                                 found = (version, birth, None, index, lengths)
                             else:
                                 found = (version, birth, buffer[body:end].tobytes(), index, lengths)
-                # All that was read before the horizon (load-load).
+                # Load-load: HORIZON (G3) may not be loaded before all that it is to speak for. Pairs with the fence
+                # of `store.commit.StoreWriter._reclaim` and `recover` (blocks), and the second one of `commit` (the
+                # record).
                 if WEAK:
                     read_fence()
                 if words[W_HORIZON] <= version:
@@ -205,7 +232,7 @@ class StoreReader:
                 # Strayed, or the memory has grown since we looked.
                 self._words, self.buffer = self._segment.claimed()
             tries += 1
-            if tries == TRIES:
+            if tries == PLAIN_TRIES:
                 return self._get_pinned(route, known)
 
     def _get_pinned(self, route: Route, known: int) -> Found | None:
@@ -217,7 +244,7 @@ class StoreReader:
                 return None
             skip = cell.birth == known or cell.payload[0] == ARRAYS
             lengths = len(cell.key) << KEY_SHIFT | len(cell.payload)
-            return pinned.number, cell.birth, None if skip else bytes(cell.payload), cell.place, lengths
+            return pinned.number, cell.birth, None if skip else bytes(cell.payload), cell.index, lengths
         finally:
             self.unpin(pinned)
 
@@ -227,7 +254,7 @@ class StoreReader:
         Raises:
             ProtocolError: the segment is damaged.
         """
-        for _ in range(PINNING):
+        for _ in range(PIN_TRIES):
             version = self._pin(exact=False)
             if version is not None:
                 return version
@@ -235,7 +262,7 @@ class StoreReader:
 
     def pin_exact(self) -> Version | None:
         """As `pin`, or None when this process has no exact pin left."""
-        for _ in range(TRIES):
+        for _ in range(PLAIN_TRIES):
             version = self._pin(exact=True)
             if version is not None:
                 return version
@@ -249,9 +276,10 @@ class StoreReader:
         acquire = self._pins.acquire_exact if exact else self._pins.acquire
         if not acquire(number):
             return None
-        record = W_RING + number % RING * RECORD
+        record = self._segment.record(number)
         root, count = words[record + R_ROOT], words[record + R_COUNT]
-        # The record before the horizon, which covers the ring too (load-load).
+        # Load-load: HORIZON, which speaks for the ring too, may not be loaded before the record: by then the record may
+        # be that of version + 256. Pairs with the second fence of `store.commit.StoreWriter.commit`.
         read_fence()
         if words[W_HORIZON] > number:
             self._pins.release(number)
@@ -300,7 +328,7 @@ class StoreReader:
         return cell if cell.key == route.key else None
 
     def _find_deeper(self, words: memoryview, pointer: int, route: Route) -> int:
-        bits = route.digest >> 5 * TURNS
+        bits = route.digest >> 5 * ROUTE_TURNS
         for _ in _LATER:
             if pointer & 1 or not pointer:
                 return pointer
@@ -339,7 +367,7 @@ class StoreReader:
         words, buffer = self._words, self.buffer
         index = pointer >> 1
         lengths = words[index + 2]
-        start = (index + CELL_HEAD) * WORD
+        start = (index + CELL_HEAD_WORDS) * WORD
         middle = start + (lengths >> KEY_SHIFT)
         body = middle + 7 & ~7
         end = body + (lengths & PAYLOAD_MASK)

@@ -4,7 +4,7 @@ Owns: the blocks that BASE and DELTA of the last commit record name.
 Written by: the coordinator alone.
 Read by: the next coordinator when it takes over; a process whose coordinator is proved dead. Nobody else, so a
     block is free as soon as the next commit is published.
-Order: a block is filled ahead of the record that names it, and the record ahead of VERSION (`commit`).
+Order: a block is filled before the record that names it, and the record before VERSION (`commit`).
 If we die here: the last record names whole blocks. A task is in them if and only if its effect is in the tree.
 Invariants: a receipt stays until its process has said that it has the answer, or has gone. So a process that
     submits again all that it has no answer to is answered from the receipt, or runs the task for the first time.
@@ -15,32 +15,36 @@ accumulates there (a process that is stopped, or reads late) moves to BASE, so t
 
 A receipt speaks of a run of tasks: consecutive ones of one process that are answered by one frame.
 
-Block: a word with the bytes that follow; then for each receipt the words TENANT, NUMBER (of the first task, in the
-gate; 0 if it has none), SEQ (of the first), TASKS, LENGTH, and the answer's frame.
+Block: a word with the bytes that follow; then for each receipt the words TENANT, NUMBER (the ticket of the first task;
+0 if it has none), SEQ (of the first), TASKS, LENGTH, and the answer's frame.
+
+The protocol: docs/protocols/takeover.md.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import StateFull
-from ..segment import R_BASE, R_DELTA, RECORD, RING, W_RING, W_VERSION, Segment
-from ..words import WORD
-from .arena import Arena
+from ..memory.fences import WORD
+from ..memory.segment import R_BASE, R_DELTA, W_VERSION, Segment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from .arena import Arena
 
 __all__ = ["Receipt", "Receipts", "read_receipts"]
 
-DELTA = 1 << 11
+DELTA_WORDS = 1 << 11
 """Words in a block for DELTA: a burst of 256 short answers fits."""
-MANY = 24
+MANY_RECEIPTS = 24
 """Receipts in DELTA that are worth a new BASE; more, when BASE is large."""
-LONG = 1 << 10
-"""Bytes of an answer that is given up, rather than its task, when there is no room for it."""
+KEPT_ANSWER_BYTES = 1 << 10
+"""Bytes of an answer that is kept even when there is little room. A longer one is given up then; its task is not."""
 
-_head = struct.Struct("=5Q")
-
+_head = struct.Struct("=5Q")  # TENANT, NUMBER, SEQ, TASKS, LENGTH
 
 Fields = tuple[int, int, int, int, bytes]
 """Those of a `Receipt`; a plain tuple is made in half the time."""
@@ -50,10 +54,15 @@ class Receipt(NamedTuple):
     """A run of tasks and their answer. An empty answer: they took effect, and the answer found no room."""
 
     tenant: int
-    number: int
+    """Whose tasks: TENANCIES at the process's admission."""
+    ticket: int
+    """Of the first task; the others have the tickets that follow. 0 if they have none."""
     seq: int
+    """Of the first task on its connection; the others have those that follow."""
     tasks: int
+    """How many, at least one."""
     answer: bytes
+    """The very frame that is sent, or that was."""
 
     @property
     def last(self) -> int:
@@ -62,8 +71,8 @@ class Receipt(NamedTuple):
 
 
 def _unpack(entry: bytes) -> Receipt:
-    tenant, number, seq, tasks, _ = _head.unpack_from(entry)
-    return Receipt(tenant, number, seq, tasks, entry[_head.size :])
+    tenant, ticket, seq, tasks, _ = _head.unpack_from(entry)
+    return Receipt(tenant, ticket, seq, tasks, entry[_head.size :])
 
 
 def read_receipts(segment: Segment) -> list[Receipt]:
@@ -73,7 +82,7 @@ def read_receipts(segment: Segment) -> list[Receipt]:
         IndexError, struct.error: the segment is damaged.
     """
     words = segment.words
-    record = W_RING + words[W_VERSION] % RING * RECORD
+    record = segment.record(words[W_VERSION])
     found: list[Receipt] = []
     for index in (words[record + R_BASE], words[record + R_DELTA]):
         if index:
@@ -88,29 +97,40 @@ def _read_block(segment: Segment, index: int) -> Iterator[Receipt]:
     if end > len(buffer):
         raise IndexError("a block of receipts ends behind the memory")
     while position < end:
-        tenant, number, seq, tasks, length = _head.unpack_from(buffer, position)
+        tenant, ticket, seq, tasks, length = _head.unpack_from(buffer, position)
         position += _head.size
         if position + length > end:
             raise IndexError("a receipt ends behind its block")
-        yield Receipt(tenant, number, seq, tasks, bytes(buffer[position : position + length]))
+        yield Receipt(tenant, ticket, seq, tasks, bytes(buffer[position : position + length]))
         position += length
 
 
 class Receipts:
-    """The receipts as the coordinator keeps them: by tenant, by the seq of the last task of each."""
+    """The receipts as the coordinator keeps them.
+
+    In memory of our own they lie packed, by tenant and by the seq of the last task of each.
+    """
 
     def __init__(self, segment: Segment, arena: Arena) -> None:
         self._segment = segment
         self._words = segment.words
         self._buffer = segment.buffer
         self._arena = arena
+        # What goes into DELTA with the next commit: all that is not acknowledged and not in BASE. No dict in it is
+        # empty.
         self._recent: dict[int, dict[int, bytes]] = {}
+        # What is in BASE, but for what was acknowledged since that was written.
         self._based: dict[int, dict[int, bytes]] = {}
-        self._base: tuple[int, int] = (0, 0)  # index, words
+        # The block (index, words) that the last commit's BASE names; index 0: none.
+        self._base: tuple[int, int] = (0, 0)
+        # The two blocks for DELTA. The first is written next; the last commit may name the other one.
         self._deltas: list[int] = []
+        # What `write` has filled: block for BASE, index for DELTA. It counts from `committed` on.
         self._new: tuple[tuple[int, int], int] = ((0, 0), 0)
+        # Whether `write` has moved all of `_recent` to a new BASE.
         self._moved = False
-        self._former: list[tuple[int, int]] = []  # blocks that the next commit makes free
+        # Blocks of a dead coordinator (index, words), which the next commit makes free.
+        self._former: list[tuple[int, int]] = []
 
     def prepare(self) -> None:
         """Claim the two blocks for DELTA.
@@ -118,15 +138,15 @@ class Receipts:
         Raises:
             StateFull: there is no room for them.
         """
-        self._deltas = [self._arena.allocate(DELTA) for _ in range(2)]
+        self._deltas = [self._arena.allocate(DELTA_WORDS) for _ in range(2)]
 
     def blocks(self) -> list[tuple[int, int]]:
         """Where the last commit's receipts lie: (start, words). They are used until the next one."""
         words = self._words
-        record = W_RING + words[W_VERSION] % RING * RECORD
+        record = self._segment.record(words[W_VERSION])
         base, delta = words[record + R_BASE], words[record + R_DELTA]
         used = [(base, _block_words(words[base]))] if base else []
-        return [*used, (delta, DELTA)] if delta else used
+        return [*used, (delta, DELTA_WORDS)] if delta else used
 
     def recover(self) -> None:
         """Take over what a dead coordinator committed. The arena knows already that `blocks` are used.
@@ -137,19 +157,19 @@ class Receipts:
         for receipt in read_receipts(self._segment):
             self.add(receipt)
         blocks = self.blocks()
-        if blocks and blocks[-1][1] == DELTA:
-            self._deltas = [self._arena.allocate(DELTA), blocks.pop()[0]]
+        if blocks and blocks[-1][1] == DELTA_WORDS:
+            self._deltas = [self._arena.allocate(DELTA_WORDS), blocks.pop()[0]]
         else:
             self.prepare()
         self._former = blocks
 
     def add(self, receipt: Fields) -> None:
         """Tasks have been answered; their receipt is in the next commit, in place of a former one of that last seq."""
-        tenant, number, seq, tasks, answer = receipt
+        tenant, ticket, seq, tasks, answer = receipt
         due = self._recent.get(tenant)
         if due is None:
             due = self._recent[tenant] = {}
-        due[seq + tasks - 1] = _head.pack(tenant, number, seq, tasks, len(answer)) + answer
+        due[seq + tasks - 1] = _head.pack(tenant, ticket, seq, tasks, len(answer)) + answer
 
     def acknowledge(self, tenant: int, seq: int) -> None:
         """A process has the answers of its P1 tasks up to *seq*."""
@@ -184,8 +204,10 @@ class Receipts:
             return self._new[0][0], 0
         entries = [entry for due in self._recent.values() for entry in due.values()]
         data = b"".join(entries)
-        many = len(entries) > MANY and len(entries) > MANY + (sum(map(len, self._based.values())) >> 2)
-        self._moved = many or len(data) > (DELTA - 1) * WORD
+        many = len(entries) > MANY_RECEIPTS and len(entries) > MANY_RECEIPTS + (
+            sum(map(len, self._based.values())) >> 2
+        )
+        self._moved = many or len(data) > (DELTA_WORDS - 1) * WORD
         if self._moved:
             self._new = (self._new_base(), 0)
         else:
@@ -195,11 +217,11 @@ class Receipts:
     def _new_base(self) -> tuple[int, int]:
         entries = [entry for kept in (self._based, self._recent) for due in kept.values() for entry in due.values()]
         try:
-            return self._place(b"".join(entries))
+            return self._store(b"".join(entries))
         except StateFull:
-            return self._place(b"".join(map(_shortened, entries)))
+            return self._store(b"".join(map(_shortened, entries)))
 
-    def _place(self, data: bytes) -> tuple[int, int]:
+    def _store(self, data: bytes) -> tuple[int, int]:
         size = _block_words(len(data))
         index = self._arena.allocate(size)
         self._fill(index, data)
@@ -239,5 +261,5 @@ def _block_words(length: int) -> int:
 
 
 def _shortened(entry: bytes) -> bytes:
-    tenant, number, seq, tasks, length = _head.unpack_from(entry)
-    return entry if length <= LONG * tasks else _head.pack(tenant, number, seq, tasks, 0)
+    tenant, ticket, seq, tasks, length = _head.unpack_from(entry)
+    return entry if length <= KEPT_ANSWER_BYTES * tasks else _head.pack(tenant, ticket, seq, tasks, 0)

@@ -1,9 +1,11 @@
 """The trie: a persistent hash-array-mapped trie of 32-way nodes over a keyed 64-bit hash.
 
 Owns: the layout of nodes and cells, and how to walk and to edit them. It knows nothing of versions that
-    readers see (`commit`), nor of who still needs old ones (`pins`).
+    readers see (`commit`), nor which old ones are still needed (`pins`).
 Written by: the coordinator; a block that a published root reaches is never written again, but for a cell's `next`,
-    once, when it is replaced.
+    once, when it is replaced (`commit`).
+Order: none here. A block is filled while nobody can reach it; `commit` says when others may see it.
+If we die here: what was built is reached by no root, and is free for the next coordinator.
 Read by: everybody, without any lock, so what is read may be memory that is being reused: a walk is
     bounded in depth, a step out of the claimed memory raises IndexError, and nothing that was read may be
     trusted before the horizon has been checked (`reader`).
@@ -27,6 +29,8 @@ A cell::
 Level n is chosen by bits 5n .. 5n+4 of the hash. Twelve levels use it up; keys that still agree go on
 with the hash of the key under another salt (`Hash.again`), so that no collision is special.
 Source of the idea: Bagwell, "Ideal Hash Trees" (2001), here with plain arrays instead of bitmaps.
+
+The protocol: docs/protocols/commit.md.
 """
 
 from __future__ import annotations
@@ -34,17 +38,22 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from ..words import WORD
-from .arena import Arena
+from ..memory.fences import WORD
+
+if TYPE_CHECKING:
+    from .arena import Arena
 
 __all__ = [
-    "CELL_HEAD",
+    "CELL_HEAD_WORDS",
+    "FANOUT",
     "GONE",
+    "LENGTHS",
     "LEVELS",
     "MAX_DEPTH",
     "NEXT",
-    "NODE",
+    "NODE_WORDS",
     "Hash",
     "Take",
     "Trie",
@@ -56,10 +65,12 @@ __all__ = [
 ]
 
 FANOUT = 32
-NODE = FANOUT + 1
-"""Words in a node."""
-CELL_HEAD = 4
-"""Words ahead of a cell's key."""
+NODE_WORDS = FANOUT + 1
+"""Words in a node: its birth, then its pointers."""
+CELL_HEAD_WORDS = 4
+"""Words before a cell's key."""
+LENGTHS = 2
+"""Which of them says how long key and payload are."""
 NEXT = 3
 """Which of them names the cell that came in its place."""
 GONE = 1
@@ -67,16 +78,17 @@ GONE = 1
 LEVELS = 12
 """Levels that one 64-bit hash can choose."""
 MAX_DEPTH = 8 * LEVELS
+"""Levels of any trie: two keys that agree in eight hashes of 60 bits each do not happen."""
 KEY_SHIFT = 44
+"""Bits of a cell's word of lengths for that of the payload; that of the key lies above them."""
 PAYLOAD_MASK = (1 << KEY_SHIFT) - 1
 
 _EMPTY = bytes(FANOUT * WORD)
 
-
-SHAPES = 1 << 12
+KEPT_SHAPES = 1 << 12
 """Shapes of cells that are kept."""
 
-KNOWN = 1 << 12
+KEPT_HASHES = 1 << 12
 """Keys whose hash is kept: the same few are written again and again, and hashing takes as long as a walk."""
 
 
@@ -88,6 +100,8 @@ class Hash:
 
         self._blake2b = blake2b
         self._key = key
+        # Hashes of keys that were asked for; thrown away all at once when there are too many. Threads may write to it
+        # at the same time, since all would write the same.
         self._known: dict[bytes, int] = {}
 
     def __call__(self, key: bytes) -> int:
@@ -96,7 +110,7 @@ class Hash:
             return known
         # The key in front, not as BLAKE2b's own: that takes a block more. It is as hard to guess a collision.
         digest = int.from_bytes(self._blake2b(self._key + key, digest_size=8).digest(), "little")
-        if len(self._known) >= KNOWN:
+        if len(self._known) >= KEPT_HASHES:
             self._known.clear()
         self._known[key] = digest
         return digest
@@ -111,12 +125,12 @@ Take = Callable[[memoryview, int], "tuple[int, int, int, bytes]"]
 """Takes the cell at a byte apart: birth, lengths, next, payload."""
 
 
-@lru_cache(SHAPES)
+@lru_cache(KEPT_SHAPES)
 def shape(lengths: int) -> Take:
     """What takes a cell with that word of lengths apart, in one call, which costs half of loading its words one by one.
 
-    So a reader takes a key's next cell for one of the same lengths as the last, and looks whether it was: if not, the
-    payload is none, and the words are right.
+    A reader guesses that a key's next cell has the same lengths as the last one, and looks afterwards whether it has.
+    If not, the payload is not to be used; the three words are right in any case.
     """
     key, payload = lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK
     take: Take = struct.Struct(f"=Q8xQQ{key + 7 & -8}x{payload}s").unpack_from
@@ -127,7 +141,7 @@ Fill = Callable[[memoryview, int, int, int, int, int, bytes, bytes], None]
 """Fills the cell at a byte: birth, hash, lengths, next, key, payload."""
 
 
-@lru_cache(SHAPES)
+@lru_cache(KEPT_SHAPES)
 def mould(lengths: int) -> Fill:
     """What fills a cell with that word of lengths, in one call."""
     key, payload = lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK
@@ -136,12 +150,12 @@ def mould(lengths: int) -> Fill:
 
 def cell_words(key_length: int, payload_length: int) -> int:
     """Words in a cell."""
-    return CELL_HEAD + (key_length + 7 >> 3) + (payload_length + 7 >> 3)
+    return CELL_HEAD_WORDS + (key_length + 7 >> 3) + (payload_length + 7 >> 3)
 
 
 def cell_size(words: memoryview, index: int) -> int:
     """Words in the cell at that index."""
-    lengths = words[index + 2]
+    lengths = words[index + LENGTHS]
     return cell_words(lengths >> KEY_SHIFT, lengths & PAYLOAD_MASK)
 
 
@@ -164,7 +178,7 @@ def walk(words: memoryview, root: int) -> Iterator[int]:
         IndexError: the memory is damaged: it leads out of itself, or round in a circle.
     """
     stack = [root] if root else []
-    left = len(words) // NODE  # there cannot be more nodes
+    left = len(words) // NODE_WORDS  # there cannot be more nodes
     while stack:
         pointer = stack.pop()
         yield pointer
@@ -180,8 +194,16 @@ class Trie:
     """The writer's hand on the trie: edits the tree of the version that is being made.
 
     Blocks born in `version` are private until it is published, so they are changed in place; older ones
-    are copied first. What is replaced is collected: nodes in `worn`, by their block; cells in `heirs`, each with what
-    comes in its place.
+    are copied first.
+
+    Attributes:
+        version: the one that is being made: VERSION + 1 until it is published. Every block in `made` has it for birth.
+        root: pointer to the top of its tree, 0 when that is empty.
+        count: number of its keys.
+        made: pointers of the blocks that were made for it: what `rollback` frees.
+        worn: nodes that it replaces, by the first word of each. A node of this very version is among them when it was
+            emptied again.
+        heirs: cells that it replaces, each with the pointer of the one that comes in its place, or `GONE`.
     """
 
     def __init__(self, words: memoryview, buffer: memoryview, arena: Arena, hashing: Hash) -> None:
@@ -213,7 +235,7 @@ class Trie:
         if pointer & 1:
             self._arena.release(index, cell_size(self._words, index))
         else:
-            self._arena.release(index - 1, NODE)
+            self._arena.release(index - 1, NODE_WORDS)
 
     def birth(self, pointer: int) -> int:
         """The version that made a block."""
@@ -228,7 +250,7 @@ class Trie:
         """
         key_length, length = len(key), len(payload)
         lengths = key_length << KEY_SHIFT | length
-        index = self._arena.allocate(CELL_HEAD + (key_length + 7 >> 3) + (length + 7 >> 3))
+        index = self._arena.allocate(CELL_HEAD_WORDS + (key_length + 7 >> 3) + (length + 7 >> 3))
         mould(lengths)(self._buffer, index * WORD, self.version, digest, lengths, 0, key, payload)
         pointer = index << 1 | 1
         self.made.append(pointer)
@@ -247,8 +269,8 @@ class Trie:
             block = (pointer >> 1) - 1
             if words[block] != version:
                 # As `_copy`, spelled out: it is most of a commit in a large state.
-                copy = allocate(NODE)
-                words[copy + 1 : copy + NODE] = words[block + 1 : block + NODE]
+                copy = allocate(NODE_WORDS)
+                words[copy + 1 : copy + NODE_WORDS] = words[block + 1 : block + NODE_WORDS]
                 words[copy] = version
                 worn.append(block)
                 block = copy
@@ -336,7 +358,7 @@ class Trie:
     def key_of(self, cell: int) -> bytes:
         """A cell's key."""
         index = cell >> 1
-        start = (index + CELL_HEAD) * WORD
+        start = (index + CELL_HEAD_WORDS) * WORD
         return self._buffer[start : start + (self._words[index + 2] >> KEY_SHIFT)].tobytes()
 
     def _set(self, parent: int, pointer: int) -> None:
@@ -348,7 +370,7 @@ class Trie:
     def _copy(self, node: int, parent: int) -> int:
         """Copy an older node, hang the copy in its place, return its index."""
         words = self._words
-        copy = self._arena.allocate(NODE) + 1
+        copy = self._arena.allocate(NODE_WORDS) + 1
         words[copy - 1] = self.version
         words[copy : copy + FANOUT] = words[node : node + FANOUT]
         self.made.append(copy << 1)
@@ -357,7 +379,7 @@ class Trie:
         return copy
 
     def _new_node(self) -> int:
-        node = self._arena.allocate(NODE) + 1
+        node = self._arena.allocate(NODE_WORDS) + 1
         self._words[node - 1] = self.version
         start = node * WORD
         self._buffer[start : start + len(_EMPTY)] = _EMPTY

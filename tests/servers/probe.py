@@ -25,6 +25,38 @@ def count(value):
     return (value or 0) + 1
 
 
+told = {}
+
+
+def follow():
+    with flow.watch("news") as changes:
+        told["news"] = flow.peek("news", None)
+        for change in changes:
+            told["news"] = change.value
+
+
+def call_back():
+    """What a done callback was told, when it has been."""
+    called = threading.Event()
+    outcome = []
+    count().add_done_callback(lambda future: (outcome.append(future.result()), called.set()))
+    called.wait()
+    return outcome[0]
+
+
+def read_own(times):
+    """How often a read behind a write of ours was older than that."""
+    key, stale = f"own-{os.getpid()}", 0
+    with mine:
+        for number in range(int(times)):
+            flow.update({key: number})  # nobody waits for it
+            stale += flow.state[key] != number
+    return stale
+
+
+mine = threading.Lock()
+
+
 def answer(action, argument):
     if action == "pid":
         return None
@@ -34,6 +66,15 @@ def answer(action, argument):
         key, _, value = argument.partition("=")
         flow.state[key] = int(value)
         return None
+    if action == "read-own":
+        return read_own(argument)
+    if action == "follow":
+        threading.Thread(target=follow, daemon=True).start()
+        return None
+    if action == "told":
+        return told.get("news")
+    if action == "call-back":
+        return call_back()
     if action == "count":
         return count().result()
     if action == "hang-at-gate":

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
+
+from strictflow_mp import StrictFlow
 
 README = Path(__file__).parents[2] / "README.md"
 EXAMPLES = README.parent / "examples" / "servers"
@@ -62,3 +66,14 @@ def pids_that_answer(server: Server, path: str, least: int, eventually: Callable
     seen: set[int] = set()
     eventually(lambda: seen.add(server.ask(path)["pid"]) or len(seen) >= least, PATIENCE)
     return seen
+
+
+def slots(flow: StrictFlow) -> set[int]:
+    """Processes that are attached, beside the coordinator and this one."""
+    return {worker.pid for worker in flow.stats().workers} - {os.getpid(), flow.stats().coordinator_pid}
+
+
+def at_once(server: Server, path: str, number: int, together: int = 16) -> list[Any]:
+    """That many answers to requests of which so many are under way at a time. Each must be answered."""
+    with ThreadPoolExecutor(together) as pool:
+        return list(pool.map(server.ask, [path] * number))

@@ -9,13 +9,14 @@ import shlex
 import signal
 import threading
 
+import psutil
 import pytest
 from console import is_shown, typed
 from holding import held
-from servers import EXAMPLES, PATIENCE, README, pids_that_answer
+from servers import EXAMPLES, PATIENCE, README, pids_that_answer, slots
 
 from strictflow_mp import StrictFlow
-from strictflow_mp.rendezvous import Place
+from strictflow_mp.system.place import Place
 
 WORKERS = 3
 KINDS = {
@@ -34,11 +35,6 @@ def flow():
 def _detached(flow):
     yield
     flow.close()
-
-
-def slots(flow):
-    """Processes that are attached, beside the coordinator and this one."""
-    return {worker.pid for worker in flow.stats().workers} - {os.getpid(), flow.stats().coordinator_pid}
 
 
 def test_the_readme_s_quick_start_shows_what_happens(serve, gunicorn, run_python, tmp_path):
@@ -138,6 +134,74 @@ def test_workers_that_are_replaced_after_a_few_requests_lose_no_count_and_no_slo
     eventually(lambda: len(slots(flow)) <= 2)
     assert server.stop() == 0
     eventually(lambda: not slots(flow))
+
+
+SHOP = """
+import json, os
+from strictflow_mp import StrictFlow, write
+
+flow = StrictFlow("shop")
+RELEASE = {release!r}
+
+@write(flow)
+def sell():
+    flow.state["sold"] = flow.state.get("sold", 0) + 1
+    return RELEASE
+
+def app(environ, start_response):
+    answer = {{"value": sell().result(), "code": RELEASE, "pid": os.getpid()}}
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps(answer).encode()]
+"""
+
+
+@pytest.mark.parametrize("first", ["the coordinator", "the workers"])
+def test_after_a_deploy_each_worker_s_tasks_are_its_own_code_at_every_moment(
+    first, serve, gunicorn, run_python, tmp_path, eventually
+):
+    def deploy(release):
+        (tmp_path / "shop.py").write_text(SHOP.format(release=release))
+
+    def hup():
+        server.send(signal.SIGHUP)
+        seen = set()
+        eventually(lambda: seen.add(pid_of("a later one")) or len(seen - {None}) == 2, PATIENCE)
+        eventually(lambda: not any(psutil.pid_exists(pid) for pid in old), PATIENCE)
+
+    def reload():
+        done = run_python("-m", "strictflow_mp", "reload", "shop")
+        assert (done.returncode, done.stderr) == (0, "")
+
+    def pid_of(release):
+        answer = ask()
+        return answer["pid"] if answer["code"] == release else None
+
+    def ask():
+        answer = server.tries()
+        if answer is None:
+            return {"code": None}  # between two generations
+        assert answer["value"] == answer["code"]
+        asked.append(answer)
+        return answer
+
+    deploy("one")
+    serve("shop")
+    server = gunicorn("shop:app", "--workers", 2, path="/")
+    asked = []
+    old = pids_that_answer(server, "/", 2, eventually)  # both have imported it, before the next is there
+    assert {ask()["code"] for _ in range(10)} == {"one"}
+    deploy("a later one")  # of another length: else Python may take the file for the one that it has compiled
+    assert {ask()["code"] for _ in range(10)} == {"one"}
+    for step in (reload, hup) if first == "the coordinator" else (hup, reload):
+        step()
+        for _ in range(10):
+            ask()
+    assert {answer["code"] for answer in asked[-10:]} == {"a later one"}
+    flow = StrictFlow("shop")
+    assert flow.state["sold"] >= len(asked)
+    assert flow.stats().reloads == 1
+    flow.close()
+    assert server.stop() == 0
 
 
 def begin(server, path):

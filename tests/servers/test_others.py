@@ -12,7 +12,7 @@ from jupyter_client.manager import start_new_kernel
 from servers import EXAMPLES, PATIENCE
 
 from strictflow_mp import StrictFlow
-from strictflow_mp.rendezvous import Place
+from strictflow_mp.system.place import Place
 
 
 def test_celery_counts_every_task_though_its_processes_are_replaced(serve, launch, tmp_path, eventually):

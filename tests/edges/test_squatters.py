@@ -1,0 +1,112 @@
+"""Another user makes, or keeps, files in /dev/shm under names of ours."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import posix_ipc
+import pytest
+
+from strictflow_mp import ProtocolError, StrictFlow, StrictFlowError
+from strictflow_mp.memory import leftovers, semaphores
+from strictflow_mp.memory.segment import PREFIX, Segment
+from strictflow_mp.system.identity import Identity
+from strictflow_mp.system.place import Place
+
+pytestmark = pytest.mark.once
+
+NAME = "coveted"
+SHARED = Path("/dev/shm")
+
+
+@pytest.fixture
+def flow() -> Iterator[StrictFlow]:
+    flow = StrictFlow(NAME, state={"n": 1}, max_workers=4)
+    flow.start_loop()
+    yield flow
+    with suppress(StrictFlowError):
+        flow.stop_loop()
+
+
+@pytest.fixture
+def squatted(flow) -> Iterator[list[Path]]:
+    """Every name that the token tells, of every slot."""
+    token = Place.of(NAME).resident().token
+    paths = [SHARED / f"sem.{PREFIX}{token}.{slot}" for slot in range(6)]
+    for path in paths:
+        path.touch(mode=0o000)
+    yield paths
+    for path in paths:
+        path.unlink()
+
+
+def attach(run_python) -> str:
+    done = run_python(f"from strictflow_mp import StrictFlow; print(StrictFlow({NAME!r}).state['n'])")
+    return done.stdout + done.stderr
+
+
+def test_names_that_can_be_guessed_are_not_used(flow, squatted, run_python, eventually):
+    assert attach(run_python) == "1\n"
+    former = Place.of(NAME).resident().pid
+    os.kill(former, signal.SIGKILL)
+    flow.put("n", 2).result(20)
+    assert attach(run_python) == "2\n"
+    flow.stop_loop()
+    with StrictFlow(NAME, state={"n": 3}):
+        assert attach(run_python) == "3\n"
+
+
+def test_a_name_that_is_taken_is_passed_over(segment, monkeypatch):
+    drawn = iter([5, 5, 6])
+    monkeypatch.setattr(semaphores, "draw", lambda: next(drawn))
+    token = segment.name.removeprefix(PREFIX)
+    first = semaphores.make_semaphore(token, segment.slot(1))
+    segment.slot(1).semaphore = 0  # as if it were another user's
+    second = semaphores.make_semaphore(token, segment.slot(1))
+    assert segment.slot(1).semaphore == 6
+    for semaphore in (first, second):
+        semaphore.unlink()
+        semaphore.close()
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    segment = Segment.create(secrets.token_hex(6), NAME, capacity=1, slots=5, identity=Identity(1, 1, 0, 0))
+    yield segment
+    segment.close()
+    segment.unlink()
+
+
+def test_an_unlink_that_is_refused_is_no_error(segment, monkeypatch):
+    def refuse(name):
+        raise posix_ipc.PermissionsError
+
+    token = segment.name.removeprefix(PREFIX)
+    semaphore = semaphores.make_semaphore(token, segment.slot(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(posix_ipc, "unlink_semaphore", refuse)
+        patch.setattr(posix_ipc, "unlink_shared_memory", refuse)
+        leftovers.remove(token)
+        assert segment.slot(2).semaphore == 0
+    semaphore.unlink()
+    semaphore.close()
+
+
+def test_what_a_dead_coordinator_left_is_found_though_its_segment_is_damaged(segment):
+    token = segment.name.removeprefix(PREFIX)
+    semaphore = semaphores.make_semaphore(token, segment.slot(2))
+    semaphore.close()
+    segment.words[0] = 0
+    assert leftovers.remove(token) == [semaphore.name, "/" + segment.name]
+
+
+def test_a_segment_of_another_user_is_not_read(segment, monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 1)
+    monkeypatch.setattr(os, "geteuid", lambda: 1)
+    with pytest.raises(ProtocolError, match="belongs to user"):
+        Segment.open(segment.name)
