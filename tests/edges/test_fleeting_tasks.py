@@ -73,7 +73,6 @@ def test_what_is_still_to_run_runs_under_the_next_coordinator(eventually):
         gc.collect()
         assert functions(flow) >= 20  # their calls are pending
         os.kill(coordinator, signal.SIGKILL)
-        os.kill(coordinator, signal.SIGCONT)
         assert [first, *[future.result(30) for future in futures]] == list(range(21))
         assert flow.state["n"] == sum(range(21))
         for number in range(COUNT):
