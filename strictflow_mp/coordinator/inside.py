@@ -342,6 +342,9 @@ def _nothing() -> None:
 class _LocalFuture(TaskFuture[Any]):
     """The future of a task that a task submitted."""
 
+    # SF-LOOP's thread is the main one here, and settles it.
+    _signals_are_users = False
+
     def _refused_waiters(self) -> list[Any]:
         if not self.done_now():
             self._port.wait(self, None)  # concurrent.futures.wait() in a task: raise at once

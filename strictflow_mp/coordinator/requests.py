@@ -21,9 +21,10 @@ from ..core import READ_PRIORITY, WRITE_PRIORITY
 from ..errors import CoordinatorLost, FlowNotRunning, ProtocolError, SerializationError, StrictFlowError, TaskCrashed
 from ..memory.suspect import SLOT_SHIFT, loading_seq
 from ..system.paths import told_path
-from ..values.codec import pack, unpack_frozen
+from ..values.codec import check, pack
 from ..values.keys import pack_key, unpack_key
 from ..wire import frames, functions
+from ..wire.failures import words_of
 from .admission import take_paths
 from .calls import Broken, Call, Function
 from .operations import KEYS_ASKED, OPERATIONS
@@ -164,7 +165,7 @@ class Requests:
         except BaseException as error:
             # Whatever it raises, it is the function's fault and not the connection's: its calls fail.
             target = Broken(
-                f"the function of {name}() could not be loaded in the coordinator: {type(error).__name__}: {error}; "
+                f"the function of {name}() could not be loaded in the coordinator: {words_of(error)}; "
                 "make its module importable there"
             )
         finally:
@@ -385,8 +386,8 @@ def _check_changes(changes: tuple[Any, ...]) -> None:
             if payload is not None:
                 if type(payload) is not bytes:
                     raise TypeError("a value is not packed")
-                unpack_frozen(payload)
+                check(payload)
     except SerializationError:
         pass  # sound, but of a type that is not known in this process
-    except (Exception, SystemExit) as error:  # unpacking an Enum imports its module, which may do anything
+    except Exception as error:
         raise ProtocolError(f"a put's changes are damaged ({type(error).__name__}: {error!s:.200})") from error

@@ -47,6 +47,7 @@ OURS = (
     "client.tracer",
     "flow.workers",
     "memory.mapping",
+    "system.cgroup",
     "trace",
     "wire.byvalue",
     "wire.handshake",

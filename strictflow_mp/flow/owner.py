@@ -95,7 +95,16 @@ class Owner:
 
     def wait(self, timeout: float) -> bool:
         """Wait up to *timeout* seconds for the coordinator's end; whether it has come, for good."""
-        return self._child.wait(timeout) is not None and not self.is_alive
+        deadline = time.monotonic() + timeout
+        while self._child.wait(max(0.0, deadline - time.monotonic())) is not None:
+            if not self.is_alive:
+                return True
+            # The watcher has not seen it yet, or starts the next one.
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            time.sleep(min(LOOK_SECONDS, left))
+        return False
 
     # For the watcher
 

@@ -15,6 +15,7 @@ from ..wire.origins import note
 from ..wire.references import reference_to
 
 if TYPE_CHECKING:
+    import asyncio
     from collections.abc import Callable, Coroutine, Iterable
     from typing import Concatenate, Protocol
 
@@ -100,7 +101,7 @@ class Task(Generic[P, R]):
         snapshot = self.flow.snapshot()
         if is_async(self.__strictflow_function__):
             return self._run_here_async(snapshot, lambda: self._body(snapshot, args, kwargs))
-        future: TaskFuture[R] = TaskFuture(_Here(), 0, self.name)
+        future: TaskFuture[R] = TaskFuture(_Here(self.flow.name), 0, self.name)
         result: Any = None
         token = priority.set(READ_PRIORITY)
         try:
@@ -133,7 +134,11 @@ class Task(Generic[P, R]):
         """Run to its end the coroutine that *begin* gives when the snapshot is entered."""
         import asyncio  # 16 ms that an import does not need
 
-        future: TaskFuture[R] = TaskFuture(_Here(), 0, self.name)
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            running = None
+        future: TaskFuture[R] = TaskFuture(_Here(self.flow.name, running), 0, self.name)
 
         async def run() -> None:
             priority.set(READ_PRIORITY)
@@ -147,9 +152,7 @@ class Task(Generic[P, R]):
             except Exception as error:
                 future.settle(error=error)
 
-        try:
-            running = asyncio.get_running_loop()
-        except RuntimeError:
+        if running is None:
             asyncio.run(run())
         else:
             future.runner = running.create_task(run())
@@ -209,10 +212,30 @@ def _rebuild(flow: StrictFlow, function: Callable[..., Any], level: int, options
 
 
 class _Here:
-    """What the future of a task asks that runs in this process (`wire.future.AnswerSource`)."""
+    """What the future of a task asks that runs in this process (`wire.future.AnswerSource`).
+
+    Args:
+        loop: the event loop that runs it; None when the future is settled before anybody has it.
+    """
+
+    def __init__(self, flow: str, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        self._flow = flow
+        self._loop = loop
 
     def wait(self, future: TaskFuture[Any], timeout: float | None) -> None:
-        """Wait; of a task that is not async the future is settled before anybody has it."""
+        """Wait.
+
+        Raises:
+            StrictFlowError: the caller is in the event loop that is to run it, so this could never end.
+        """
+        if self._loop is not None and timeout != 0:
+            from asyncio import _get_running_loop
+
+            if _get_running_loop() is self._loop:
+                raise StrictFlowError(
+                    f"{future.label}() runs in this event loop, which would stand still until it has ended: await it",
+                    flow=self._flow,
+                )
         if timeout is None or timeout > 0:
             future.wait_here(HERE_SECONDS if timeout is None else timeout)
 

@@ -50,7 +50,6 @@ program, or has said goodbye and holds no pin any more; in between the coordinat
 
 from __future__ import annotations
 
-import errno
 import os
 import struct
 from typing import TYPE_CHECKING
@@ -58,6 +57,7 @@ from typing import TYPE_CHECKING
 import posix_ipc
 
 from ..errors import ProtocolError, StateFull
+from .backing import Backing
 from .fences import WORD, publish_fence, read_fence, words_of
 from .slot import PIN_WORDS, SLOT_ARRAYS, SlotWords
 
@@ -188,7 +188,7 @@ class Segment:
         self.semaphores = self.waited + array
         self.pins = self.semaphores + array
         self.arena = _round_up(self.pins + slots * PIN_WORDS, PAGE_BYTES // WORD)
-        self._fd = -1  # of the coordinator's, opened when it first claims memory
+        self._backing = Backing(name)  # claims for the coordinator alone
 
     def record(self, version: int) -> int:
         """Where the commit record of a version begins; of one that is 256 older or younger, too."""
@@ -233,7 +233,7 @@ class Segment:
         segment = cls(name, mapping, slots, size)
         try:
             words = segment.words
-            segment._claim_bytes(0, _round_up(segment.arena * WORD, PAGE_BYTES), flow)
+            segment._backing.claim(0, _round_up(segment.arena * WORD, PAGE_BYTES), flow)
             words[W_LAYOUT], words[W_SIZE], words[W_SLOTS] = LAYOUT, size, slots
             words[W_PID], words[W_START] = identity.pid, identity.start
             words[W_REACH] = min(FIRST_REACH_SLOTS, slots)
@@ -316,7 +316,7 @@ class Segment:
         Only the coordinator calls it.
 
         Raises:
-            StateFull: the capacity is used up, or the file system is full.
+            StateFull: the capacity is used up, or the file system or the container is full.
         """
         start = self.words[W_CLAIMED]
         end = min(_round_up(start * WORD + max(words * WORD, CLAIM_BYTES), CLAIM_BYTES), self.size) // WORD
@@ -327,36 +327,20 @@ class Segment:
                 flow=flow,
             )
         try:
-            self._claim_bytes(start * WORD, end * WORD, flow)
+            self._backing.claim(start * WORD, end * WORD, flow)
         except StateFull:
             # A whole step does not fit; what is needed may.
             end = min(_round_up((start + words) * WORD, PAGE_BYTES), self.size) // WORD
-            self._claim_bytes(start * WORD, end * WORD, flow)
+            self._backing.claim(start * WORD, end * WORD, flow)
         # Store-store: CLAIMED may not be seen before the memory is there. `Segment.claimed` needs no fence for it: it
         # bounds what is touched by what it has loaded, and the kernel looks for a page when that branch has been taken.
         publish_fence()
         self.words[W_CLAIMED] = end
         return end - start
 
-    def _claim_bytes(self, start: int, end: int, flow: str) -> None:
-        if self._fd < 0:
-            self._fd = posix_ipc.SharedMemory("/" + self.name).fd
-        try:
-            os.posix_fallocate(self._fd, start, end - start)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-                raise
-            raise StateFull(
-                f"/dev/shm has no room for {end - start:,} bytes more ({os.strerror(error.errno)}); "
-                "delete keys, or enlarge /dev/shm (Docker: --shm-size)",
-                flow=flow,
-            ) from error
-
     def close(self) -> None:
         """Unmap, unless a reader still holds a view on it."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._backing.close()
         try:
             self.words.release()
             self.buffer.release()
@@ -366,14 +350,7 @@ class Segment:
 
     def is_named(self) -> bool:
         """Whether its name still leads to this memory: whoever attaches opens it by that."""
-        try:
-            other = posix_ipc.SharedMemory("/" + self.name)
-        except posix_ipc.Error:
-            return False
-        try:
-            return self._fd < 0 or os.path.sameopenfile(other.fd, self._fd)
-        finally:
-            other.close_fd()
+        return self._backing.is_named()
 
     def unlink(self) -> None:
         """Remove the name; the memory goes when the last process has closed it."""

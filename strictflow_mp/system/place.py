@@ -12,8 +12,9 @@ If we die here: the kernel releases the lock, so the next start sees that nobody
 Invariants: the directory belongs to whoever holds the lock. A lock counts only if the locked file is still the
     one that the path names, since its holder removes it while it holds it.
 
-The base is ``$STRICTFLOW_MP_DIR`` if set, else ``/dev/shm/sfmp-<uid>`` on Linux: the same lifetime, and the same
-visibility from containers, as the shared memory itself. Its mode is 0700 and it must be ours.
+The base is ``$STRICTFLOW_MP_DIR`` if set, else ``/dev/shm/sfmp-<uid>``: the same lifetime, and the same visibility from
+containers, as the shared memory itself. Its mode is 0700 and it must be ours. Anybody can guess that name, and take it
+ahead of us: a base of another user's is passed over for ``sfmp-<uid>.1``, and so on.
 
 The protocol: docs/protocols/meeting.md.
 """
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Place", "Resident", "base_directory", "check_directory", "places"]
 
+MAX_TAKEN = 1000
+"""Names for the base directory that are tried."""
 SOCKET_PATH_BYTES = 103
 """Bytes that the path of a socket may have: what every system allows."""
 
@@ -50,8 +53,26 @@ def base_directory() -> Path:
     if chosen:
         return Path(chosen).absolute()  # whoever keeps it may change its working directory
     shared = Path("/dev/shm")
-    parent = shared if shared.is_dir() else Path("/tmp")
-    return parent / f"sfmp-{os.getuid()}"
+    return _ours(shared if shared.is_dir() else Path("/tmp"), os.getuid())
+
+
+def _ours(parent: Path, user: int) -> Path:
+    """The base directory of a user; where there is none, the first one that nobody has taken."""
+    base = parent / f"sfmp-{user}"
+    if _owner_of(base) == user:
+        return base
+    # All processes of a user must come to the same one, also when a name that was taken is free again.
+    mine = [entry for entry in parent.glob(f"{base.name}.*") if _owner_of(entry) == user]
+    names = [base, *(parent / f"{base.name}.{number}" for number in range(1, MAX_TAKEN))]
+    free = (name for name in names if _owner_of(name) is None)
+    return min(mine, default=None) or next(free, base)
+
+
+def _owner_of(path: Path) -> int | None:
+    try:
+        return path.lstat().st_uid
+    except FileNotFoundError:
+        return None
 
 
 def check_directory(path: Path) -> None:

@@ -18,12 +18,12 @@ from ..errors import ProtocolError, SerializationError, StrictFlowError
 from . import arrays, culprit
 from .faults import FAULTS
 from .frozen import FrozenDict, FrozenList
-from .types import Decode, Encoder, encoder
+from .types import Decode, DecodeAsIs, Encoder, encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["FAULTS", "Packed", "check_size", "has_arrays", "pack", "unpack", "unpack_frozen"]
+__all__ = ["FAULTS", "Packed", "check", "check_size", "has_arrays", "pack", "unpack", "unpack_frozen"]
 
 Packed = bytes | bytearray | memoryview
 
@@ -123,6 +123,7 @@ _NOT_DAMAGE = (StrictFlowError, MemoryError, RecursionError)
 
 _plain = Decode(frozen=False)
 _frozen = Decode(frozen=True)
+_as_is = DecodeAsIs(frozen=True)
 
 
 def unpack(data: Packed) -> Any:
@@ -165,12 +166,31 @@ def unpack_frozen(data: Packed, hold: Callable[[Any], object] | None = None) -> 
         return _unpack_framed(data, error, frozen=True, hold=hold)
 
 
+def check(data: Packed) -> None:
+    """See to it that a packed value is sound, without a look at what it names: no module is imported for it.
+
+    Raises:
+        ProtocolError, SerializationError: as `unpack`.
+    """
+    try:
+        unpackb(data, ext_hook=_as_is, strict_map_key=False, unicode_errors="surrogatepass")
+    except FAULTS as error:
+        _unpack_framed(data, error, frozen=True, kind=DecodeAsIs)
+
+
 def has_arrays(data: Packed) -> bool:
     """Whether the packed value holds NumPy arrays, which can be read where they lie."""
     return len(data) > 0 and data[0] == arrays.MAGIC
 
 
-def _unpack_framed(data: Packed, error: Exception, *, frozen: bool, hold: Callable[[Any], object] | None = None) -> Any:
+def _unpack_framed(
+    data: Packed,
+    error: Exception,
+    *,
+    frozen: bool,
+    hold: Callable[[Any], object] | None = None,
+    kind: type[Decode] = Decode,
+) -> Any:
     """Unpack what plain msgpack did not take: it has a frame for arrays, or is damaged.
 
     To look for the frame only now costs a value with arrays 1 µs, and every other nothing.
@@ -181,7 +201,7 @@ def _unpack_framed(data: Packed, error: Exception, *, frozen: bool, hold: Callab
         raise _damaged(error) from error
     try:
         body, area = arrays.split(data)
-        return Decode(frozen=frozen, area=area, hold=hold).unpack(body)
+        return kind(frozen=frozen, area=area, hold=hold).unpack(body)
     except _NOT_DAMAGE:
         raise
     except FAULTS as second:

@@ -46,7 +46,7 @@ from .culprit import MAX_NESTED, TOO_DEEP, advice, name_of, too_deep
 from .faults import FAULTS
 from .frozen import FrozenDict, FrozenList, FrozenSet
 
-__all__ = ["NAMES", "Decode", "Encoder", "encoder"]
+__all__ = ["NAMES", "Decode", "DecodeAsIs", "Encoder", "encoder"]
 
 TUPLE, SET, FROZENSET, INT, COMPLEX, DECIMAL, UUID, ENUM = range(-2, -10, -1)
 DATETIME, DATE, TIME, TIMEDELTA, ARRAY, SCALAR = range(-10, -16, -1)
@@ -249,12 +249,24 @@ class Decode:
         if inner is None:
             if self.depth > MAX_NESTED + 1:  # the innermost tuple may hold a Flag whose value is a long int
                 raise ValueError("tuples nest too deeply")
-            inner = Decode(frozen=self.frozen, area=self.area, hold=self.hold, depth=self.depth + 1)
+            inner = type(self)(frozen=self.frozen, area=self.area, hold=self.hold, depth=self.depth + 1)
             self._inner = inner
         fields = inner.unpack(data)
         if not isinstance(fields, list):
             raise ValueError("the payload of an extension is no array")
         return fields
+
+
+class DecodeAsIs(Decode):
+    """As `Decode`, for somebody who only looks whether the bytes are sound: an Enum member stays three names.
+
+    Its module is not imported, for that may do anything.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, code: int, data: bytes) -> Any:
+        return _names_of_enum(self, data) if code == ENUM else super().__call__(code, data)
 
 
 def _decode_decimal(_: Decode, data: bytes) -> Any:
@@ -278,10 +290,15 @@ def _imported(module: str) -> Any:
         raise ImportError(f"{type(error).__name__}: {error}") from error
 
 
-def _decode_enum(decode: Decode, data: bytes) -> Any:
+def _names_of_enum(decode: Decode, data: bytes) -> tuple[str, str, Any]:
     module, qualname, name = decode.fields(data)
     if type(module) is not str or type(qualname) is not str or type(name) not in {str, int}:
         raise ValueError("an Enum member is damaged")
+    return module, qualname, name
+
+
+def _decode_enum(decode: Decode, data: bytes) -> Any:
+    module, qualname, name = _names_of_enum(decode, data)
     try:
         found: Any = sys.modules.get(module) or _imported(module)
         for part in qualname.split("."):
@@ -289,9 +306,7 @@ def _decode_enum(decode: Decode, data: bytes) -> Any:
         if not (isinstance(found, type) and issubclass(found, Enum)):
             raise TypeError(f"{qualname} is not an Enum")
         return found[name] if type(name) is str else found(name)
-    except SystemExit as error:
-        raise ValueError(f"importing {module} ends the process") from error
-    except FAULTS as error:
+    except (*FAULTS, SystemExit) as error:  # argparse at the top of a module exits, for one
         instead = (
             "define its class in a module that every process can import, not in the main program"
             if module == "__main__"

@@ -11,7 +11,7 @@ import logging
 import threading
 from collections import deque
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 from ..errors import StrictFlowError
 from ..values.codec import unpack
@@ -202,7 +202,8 @@ class TaskFuture(Future[T]):
             except BaseException as error:
                 # In the main thread a signal handler may have raised: SystemExit and its like are its user's, and pass.
                 # In another there is nobody whom they could reach, and the thread that reads answers must go on.
-                if not isinstance(error, Exception) and threading.current_thread() is threading.main_thread():
+                is_users = self._signals_are_users and threading.current_thread() is threading.main_thread()
+                if is_users and not isinstance(error, Exception):
                     raise
                 logger = logging.getLogger("concurrent.futures")
                 logger.error("a callback of %r failed with %s", self, words_of(error), exc_info=printable(error))
@@ -212,6 +213,9 @@ class TaskFuture(Future[T]):
         if self.done_now():
             return self.cancelled()
         return self._port.cancel(self, wait=True)
+
+    _signals_are_users: ClassVar[bool] = True
+    """Whether what a signal handler raises in the main thread is for somebody there."""
 
     # A coroutine to asyncio, so that `create_task(task())` and `asyncio.run(task())` work, and `asyncio.wait({task()})`
     # is refused at once, with what to write, where it would wait for ever: these three make it one (PEP 492).

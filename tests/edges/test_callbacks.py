@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from holding import held
 
 from strictflow_mp import StrictFlow, write
 
@@ -81,10 +82,32 @@ def test_callbacks_within_callbacks(bump):
     assert heard == list(range(1, 22))
 
 
-def test_a_bare_future_can_be_given_to_asyncio_wait(bump):
+def test_asyncio_wait_takes_tasks_of_ours_in_futures_of_its_own(bump):
     async def wait():
         done, pending = await asyncio.wait({asyncio.ensure_future(bump()), asyncio.ensure_future(bump())}, timeout=30)
         return sorted(future.result() for future in done), pending
+
+    assert asyncio.run(wait()) == ([1, 2], set())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="asyncio.wait takes coroutines until 3.10")
+def test_a_bare_future_is_refused_by_asyncio_wait_at_once(flow, bump):
+    async def wait(future):
+        await asyncio.wait({future}, timeout=1)  # who is not refused waits in vain
+
+    with held(flow):
+        future = bump()  # nobody answers it meanwhile
+        with pytest.raises(TypeError, match="use tasks explicitly"):
+            asyncio.run(wait(future))
+    assert future.result(30) == 1
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 11), reason="asyncio.wait refuses coroutines from 3.11 on")
+def test_a_bare_future_is_awaited_by_asyncio_wait(bump):
+    async def wait():
+        with pytest.deprecated_call(match="coroutine objects to asyncio.wait"):
+            done, pending = await asyncio.wait({bump(), bump()}, timeout=30)
+        return sorted(task.result() for task in done), pending
 
     assert asyncio.run(wait()) == ([1, 2], set())
 

@@ -12,7 +12,7 @@ import weakref
 
 import pytest
 
-from strictflow_mp import StrictFlow, TaskCrashed, TaskFailed, read, write
+from strictflow_mp import StrictFlow, StrictFlowError, TaskCrashed, TaskFailed, read, write
 from strictflow_mp.wire.failures import type_of, words_of
 
 
@@ -232,6 +232,67 @@ def test_a_task_of_asyncio_that_exits_beside_a_p2_ends_nothing(flow):
 
     assert leaves_one_behind().result(30) == "done"
     assert fine().result(30) == "fine"
+    assert flow.stats().restarts == 0
+
+
+class FailsToLoad:
+    """A task whose function raises when it is unpickled."""
+
+    __name__ = __qualname__ = "fails_to_load"
+
+    def __init__(self, kind):
+        self.kind = kind
+
+    def __call__(self):
+        """Never called."""
+
+    def __reduce__(self):
+        return raise_it, (self.kind,)
+
+
+def raise_it(kind):
+    raise make(kind)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, (_, said) in KINDS.items() if said is not None])
+def test_whatever_loading_a_function_raises_its_calls_fail_and_nothing_else(flow, kind):
+    task = write(flow)(FailsToLoad(kind))
+    beside = flow.put("x", 1)
+    for _ in range(2):
+        with pytest.raises(StrictFlowError, match="could not be loaded in the coordinator"):
+            task().result(30)
+    assert beside.result(30) is None
+    assert flow.stats().restarts == 0
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, Unprintable, ValueError])
+def test_a_callback_of_what_a_task_has_submitted_ends_nothing(flow, error, how):
+    @read(flow)
+    def child():
+        return 1
+
+    @write(flow)
+    def bump():
+        flow.state["n"] += 1
+
+    def call_back(_):
+        raise error
+
+    @read(flow)
+    async def parent():
+        futures = [child(), bump()]
+        if how == "after":
+            for future in futures:
+                await future
+        for future in futures:
+            future.add_done_callback(call_back)
+        return "done"
+
+    for number in range(1, 4):
+        assert words_of(parent().exception(30) or ValueError()) in ("ValueError", words_of(error()))
+        assert bump().result(30) is None
+        assert flow.state["n"] == 2 * number
     assert flow.stats().restarts == 0
 
 

@@ -14,6 +14,7 @@ from strictflow_mp import StrictFlow
 from strictflow_mp.coordinator.sessions import Session
 from strictflow_mp.system import identity
 from strictflow_mp.system.identity import Identity, beginning_of
+from strictflow_mp.system.place import Place
 
 pytestmark = pytest.mark.once
 
@@ -88,6 +89,37 @@ def test_a_process_that_replaces_itself_takes_up_one_place(tmp_path, how, eventu
 def test_the_place_of_a_program_that_was_replaced_is_free_though_the_next_one_uses_no_flow(tmp_path, eventually):
     with StrictFlow("ex", state={"a": b"x", "n": 0}) as flow, client(tmp_path, "unused", 1) as process:
         eventually(lambda: process.pid not in [worker.pid for worker in flow.stats().workers])
+
+
+OWNER = """
+import os, signal, sys
+from strictflow_mp import FlowExists, StrictFlow
+
+left = int(sys.argv[1])
+flow = StrictFlow("ex", state={"begun": 0})
+flow.start_loop()
+flow.state["begun"] += 1
+try:
+    StrictFlow("ex").start_loop()
+except FlowExists:
+    print("owned by this program", flush=True)
+if left:
+    os.execv(sys.executable, [sys.executable, __file__, str(left - 1)])
+stats = flow.stats()
+os.kill(stats.coordinator_pid, signal.SIGKILL)
+flow.state["begun"] += 1  # it waits for the next one, which this program starts
+print(flow.state["begun"], flow.stats().restarts - stats.restarts, len(flow.stats().workers), flush=True)
+flow.stop_loop()
+"""
+
+
+def test_an_owner_that_replaces_itself_adopts_its_own_flow(run_python, tmp_path):
+    program = tmp_path / "owner.py"
+    program.write_text(textwrap.dedent(OWNER))
+    ran = run_python(program, 2)
+    assert ran.stderr == ""
+    assert ran.stdout.splitlines() == [*["owned by this program"] * 3, "4 1 1"]
+    assert not Place.of("ex").directory.exists()
 
 
 def test_a_program_that_goes_on_keeps_its_place_while_it_reads_there():

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import secrets
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -38,11 +39,26 @@ def fork(how: str) -> int:
     """Fork; a child that hangs ends by SIGALRM."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        pid = os.fork() if how == "python" else ctypes.PyDLL(None).fork()
+        pid = os.fork() if how == "python" else fork_in_c()
     if pid == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.alarm(STILL_RUNNING_SECONDS)
     return pid
+
+
+def fork_in_c() -> int:
+    """Fork as C code does, at an instant at which no other thread has asked for the GIL.
+
+    Who gives it up when another thread has asked for it waits in C until that has it: in a child, where that thread is
+    not, for ever (CPython's ``drop_gil``). No library can help that; `os.fork` does.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(STILL_RUNNING_SECONDS)
+    time.sleep(2 * interval)  # who waits already asks once more, at the latest when the former interval is over
+    try:
+        return int(ctypes.PyDLL(None).fork())
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def exit_code(pid: int) -> int:

@@ -8,8 +8,10 @@ import os
 import pickle
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import posix_ipc
 import pytest
@@ -184,3 +186,52 @@ def test_a_process_that_has_become_another_user_is_told_so(run_python):
     said = run_python(code)
     assert "belongs to user 0, and this process runs as user 65534" in said.stdout
     assert said.stderr == ""
+
+
+@pytest.fixture
+def theirs() -> Iterator[Path]:
+    """A directory where another user may begin flows."""
+    directory = Path(tempfile.mkdtemp(dir="/tmp"))
+    os.chown(directory, 65534, -1)
+    yield directory
+    shutil.rmtree(directory)
+
+
+# The second one may still run the interpreter, wherever that is.
+@pytest.mark.parametrize("become", ["os.setuid(65534)", "os.setreuid(65534, -1)"])
+@pytest.mark.skipif(os.getuid() != 0, reason="only root becomes another user")
+def test_an_owner_that_has_become_another_user_starts_no_other_coordinator(become, run_python, theirs):
+    code = """
+        import logging, os, subprocess, sys, time
+        from strictflow_mp import CoordinatorLost, StrictFlow
+        from strictflow_mp.client import comeback
+        from strictflow_mp.flow import supervisor
+
+        comeback.RESTART_SECONDS = supervisor.COORDINATOR_PAUSE_SECONDS = 0.001
+        logging.basicConfig(stream=sys.stdout, level="ERROR")
+        flow = StrictFlow("homely", state={"n": 0})
+        flow.start_loop()
+        command = f"read go; kill -KILL {flow.stats().coordinator_pid}"
+        killer = subprocess.Popen(["sh", "-c", command], stdin=subprocess.PIPE)  # it stays what it is
+        os.environ["STRICTFLOW_MP_DIR"] = sys.argv[1]
+        BECOME
+        flow.state["n"] = 42
+        killer.communicate(b"go\\n")
+        while flow.is_running:
+            time.sleep(0.01)
+        print("left", flow.state["n"])
+        try:
+            flow.put("n", 43).result()
+        except CoordinatorLost as error:
+            print("lost", error)
+        flow.stop_loop()
+    """
+    said = run_python(code.replace("BECOME", become), theirs)
+    assert said.stderr == ""
+    assert "; given up" in said.stdout
+    assert ("cannot be followed" in said.stdout) or become == "os.setuid(65534)"
+    assert "left 42\n" in said.stdout
+    assert "lost flow 'homely': put() was not executed" in said.stdout
+    assert list(theirs.iterdir()) == []
+    with StrictFlow(NAME, state={"n": "a first state that does not count"}) as flow:
+        assert flow.state["n"] == 42

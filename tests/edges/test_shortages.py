@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import os
 import resource
 import signal
+import socket
+import statistics
 import threading
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
+from types import SimpleNamespace
 
 import pytest
 
 from strictflow_mp import StrictFlow, write
-from strictflow_mp.coordinator.admission import Door
+from strictflow_mp.coordinator import admission
+from strictflow_mp.coordinator.admission import SHORTAGE_SECONDS, Admission, Door
 from strictflow_mp.flow.supervisor import Supervisor
 from strictflow_mp.system.descriptors import fill_standard
 from strictflow_mp.system.place import Place
@@ -36,12 +41,12 @@ def descriptors():
 
 
 @contextmanager
-def no_descriptors(pid: int):
-    """In there, a process can open nothing that it does not close something for."""
+def no_descriptors(pid: int, limit: int | None = None):
+    """In there, a process can open nothing that it does not close something for; at a lower *limit* not even that."""
     limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     used = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
     free = min(set(range(len(used) + 1)) - used)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free, limits[1]))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (free if limit is None else limit, limits[1]))
     try:
         yield
     finally:
@@ -57,6 +62,39 @@ def test_a_coordinator_without_descriptors_refuses_newcomers_and_serves_the_othe
             assert "RLIMIT_NOFILE is " in newcomer.stderr
             flow.put("n", 2).result()
             assert flow.state["n"] == 2
+        assert run_python(NEWCOMER, "full", 5).stdout == "2\n"
+        assert (flow.stats().coordinator_pid, flow.stats().restarts) == (coordinator, 0)
+
+
+def test_a_coordinator_that_cannot_even_refuse_sleeps_between_two_looks_at_its_door(run_python, tmp_path, eventually):
+    turns = tmp_path / "turns"
+    with StrictFlow("full", state={"n": 1}) as flow:
+
+        @write(flow)
+        def write_down():
+            from strictflow_mp.coordinator.sessions import Sessions
+
+            file = os.open(turns, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+            def poll(self, timeout, kept=Sessions.poll):
+                os.write(file, b".")
+                return kept(self, timeout)
+
+            def accept(self, kept=Door.accept):
+                os.write(file, b"L")
+                return kept(self)
+
+            Sessions.poll, Door.accept = poll, accept
+
+        write_down().result()
+        coordinator = flow.stats().coordinator_pid
+        with closing(socket.socket(socket.AF_UNIX)) as newcomer, no_descriptors(coordinator, limit=3):
+            newcomer.connect(str(Place.of("full").socket))
+            eventually(lambda: turns.read_bytes().count(b"L") > 4)
+            # The turns of the loop between two looks: in one, nothing happens until its time is over.
+            between = [len(gap) for gap in turns.read_bytes().split(b"L")[1:-1]]
+            assert 2 <= statistics.median(between) <= 5, between
+            flow.put("n", 2).result()
         assert run_python(NEWCOMER, "full", 5).stdout == "2\n"
         assert (flow.stats().coordinator_pid, flow.stats().restarts) == (coordinator, 0)
 
@@ -197,8 +235,28 @@ class Listener:
     def accept(self):
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
+    def fileno(self):
+        return 99
+
     def close(self):
         pass
+
+
+class Watched:
+    """What `Admission` needs of `Sessions`: who is called when a descriptor is ready, and all are, all the time."""
+
+    def __init__(self):
+        self.reactions = {}
+        self.is_woken = False
+
+    def watch(self, descriptor, react):
+        self.reactions[descriptor] = react
+
+    def unwatch(self, descriptor):
+        del self.reactions[descriptor]
+
+    def wake(self):
+        self.is_woken = True
 
 
 def test_a_door_that_cannot_even_refuse_says_so():
@@ -206,6 +264,24 @@ def test_a_door_that_cannot_even_refuse_says_so():
     assert not door.accept()
     assert door.is_short
     door.close()
+
+
+def test_a_listener_of_whom_nobody_can_be_accepted_is_looked_at_again_after_a_while(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now))
+    sessions = Watched()
+    admits = Admission(sessions, None, Listener(), b"", {}, -1)
+    looks = []
+    for turn in range(100):
+        now = turn * SHORTAGE_SECONDS / 10
+        for react in list(sessions.reactions.values()):
+            react()
+            looks.append(turn)
+        if sessions.is_woken:
+            admits.admit()
+    admits.door.close()
+    assert len(looks) > 5
+    assert {later - earlier for earlier, later in itertools.pairwise(looks)} <= {11, 12}
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])

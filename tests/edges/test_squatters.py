@@ -15,6 +15,7 @@ import pytest
 from strictflow_mp import ProtocolError, StrictFlow, StrictFlowError
 from strictflow_mp.memory import leftovers, semaphores
 from strictflow_mp.memory.segment import PREFIX, Segment
+from strictflow_mp.system import place as places
 from strictflow_mp.system.identity import Identity
 from strictflow_mp.system.place import Place
 
@@ -110,3 +111,48 @@ def test_a_segment_of_another_user_is_not_read(segment, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 1)
     with pytest.raises(ProtocolError, match="belongs to user"):
         Segment.open(segment.name)
+
+
+class Taken:
+    """A directory such as /dev/shm, where another user may take names; who has which is said here."""
+
+    def __init__(self, parent, monkeypatch):
+        self.parent, self.others = parent, set()
+        monkeypatch.setattr(places, "_owner_of", self.owner_of)
+
+    def owner_of(self, path):
+        return 7 if path.name in self.others else 1000 if path.exists() else None
+
+    def base(self):
+        return places._ours(self.parent, 1000).name
+
+
+def test_a_base_directory_that_another_user_has_is_passed_over(tmp_path, monkeypatch):
+    taken = Taken(tmp_path, monkeypatch)
+    assert taken.base() == "sfmp-1000"
+    taken.others = {"sfmp-1000", "sfmp-1000.1"}
+    assert taken.base() == "sfmp-1000.2"
+    (tmp_path / "sfmp-1000.2").mkdir()
+    taken.others |= {"sfmp-1000.3"}
+    assert taken.base() == "sfmp-1000.2"
+    taken.others = set()  # he gives them up: we stay where our flows are
+    assert taken.base() == "sfmp-1000.2"
+    (tmp_path / "sfmp-1000").mkdir()
+    assert taken.base() == "sfmp-1000"
+
+
+def test_a_flow_starts_though_another_user_has_its_base_directory(run_python):
+    base = SHARED / f"sfmp-{os.getuid()}"
+    code = f"""
+from strictflow_mp import StrictFlow
+from strictflow_mp.system import place
+look = place._owner_of
+place._owner_of = lambda path: 7 if str(path) == "{base}" else look(path)
+with StrictFlow({NAME!r}, state={{"n": 5}}):
+    flow = StrictFlow.attach({NAME!r})
+    print(flow.state["n"], flow._client.place.directory.parent)
+    flow.close()
+"""
+    done = run_python(code, env={"STRICTFLOW_MP_DIR": ""})
+    assert done.stdout + done.stderr == f"5 {SHARED / base.name}.1\n"
+    assert not list(SHARED.glob(f"{base.name}.*"))  # nobody has anything there any more

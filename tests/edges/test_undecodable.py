@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import enum
 import sys
 import types
@@ -134,6 +135,47 @@ def test_a_value_that_changes_into_one_is_told_of_by_key(strange):
             flow.state["mode"]
 
 
+@pytest.mark.parametrize("kind", ["write", "read", "async read"])
+def test_a_result_harms_its_own_future_alone(kind):
+    with StrictFlow(state={"n": 0}) as flow:
+
+        def answer():
+            module = types.ModuleType(MODULE)  # the coordinator has it, and nobody else
+            module.Mode = enum.Enum("Mode", {"FAST": 1}, module=MODULE, qualname="Mode")
+            sys.modules[MODULE] = module
+            return {"mode": [module.Mode.FAST]}
+
+        async def answer_later():
+            return answer()
+
+        ask = read(flow)(answer_later) if kind == "async read" else {"write": write, "read": read}[kind](flow)(answer)
+        bump = write(flow, key="n")(lambda n: n + 1)
+        attachment = flow._client.attach()
+        stream = attachment.stream
+
+        def fails(look):
+            with pytest.raises(SerializationError, match=rf"{MODULE}\.Mode\.FAST is not found in this process"):
+                look()
+
+        before, strange, after = bump(), ask(), bump()
+        assert (before.result(30), after.result(30)) == (1, 2)
+        for _ in range(2):
+            fails(lambda: strange.result(30))
+        assert type(strange.exception(30)) is SerializationError
+        # Those that a thread in the background reads, too.
+        futures = [bump(), ask(), bump()]
+        assert concurrent.futures.wait(futures, timeout=30).not_done == set()
+        fails(futures[1].result)
+        assert [futures[0].result(), futures[2].result()] == [3, 4]
+
+        async def await_it():
+            return await ask()
+
+        fails(lambda: asyncio.run(await_it()))
+        assert bump().result(30) == flow.state["n"] == 5
+        assert (attachment.stream is stream, flow.stats().restarts) == (True, 0)
+
+
 @pytest.mark.parametrize("way", ["del", "delete", "clear", "put", "p1 del", "p1 clear", "p1 put"])
 def test_it_can_be_deleted_and_replaced(strange, way):
     with StrictFlow(state={"a": 1, "mode": strange}) as flow:
@@ -164,7 +206,7 @@ def test_it_can_be_deleted_and_replaced(strange, way):
         assert dict(flow.state) == left
 
 
-@pytest.mark.parametrize("fault", ["OSError('no disk')", "SyntaxError(b'odd')", "LookupError()"])
+@pytest.mark.parametrize("fault", ["OSError('no disk')", "SyntaxError(b'odd')", "LookupError()", "SystemExit(2)"])
 def test_a_module_may_raise_anything(strange, fault, tmp_path, monkeypatch):
     with StrictFlow(state={"mode": strange}) as flow:
         forget()
@@ -172,3 +214,23 @@ def test_a_module_may_raise_anything(strange, fault, tmp_path, monkeypatch):
         monkeypatch.syspath_prepend(tmp_path)
         with pytest.raises(SerializationError, match="'mode'"):
             flow.state["mode"]
+
+
+@pytest.mark.parametrize(
+    "line", ["raise SystemExit(2)", "raise KeyboardInterrupt", "import os; os._exit(9)", "raise OSError('no disk')"]
+)
+def test_what_is_put_is_imported_by_nobody_but_who_asks_for_it(strange, line, tmp_path, monkeypatch):
+    """Whatever its module does in the coordinator: a put is no reason to find out."""
+    (tmp_path / f"{MODULE}.py").write_text(line + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with StrictFlow(state={"n": 1}) as flow:
+        beside = flow.put("n", 2)
+        flow.put("mode", strange).result(30)
+        flow.update({"all": [{"deep": (strange,)}, {strange}], "m": 1}).result(30)
+        flow.state.setdefault("late", strange)
+        assert beside.result(30) is None
+        assert flow.state["mode"] is strange
+        assert flow.state["all"][0]["deep"] == (strange,)
+        assert flow.state.pop("late") is strange
+        assert flow.state["n"] == 2
+        assert flow.stats().restarts == 0

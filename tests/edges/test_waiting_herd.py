@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from contextlib import closing
 
@@ -117,3 +118,27 @@ def test_one_that_only_looks_whether_anybody_lives_there_does_not_end_the_flow(m
         os.close(looker)
         assert flow.state["n"] == 1
     assert met
+
+
+def test_an_owner_that_waits_for_the_end_sleeps_while_the_next_one_starts(monkeypatch):
+    has_begun, may_go_on = threading.Event(), threading.Event()
+    start = owners.start_coordinator
+
+    def start_late(*args):
+        has_begun.set()
+        may_go_on.wait(60)
+        return start(*args)
+
+    with StrictFlow(state={"n": 0}) as flow:
+        monkeypatch.setattr(owners, "start_coordinator", start_late)
+        os.kill(flow.stats().coordinator_pid, signal.SIGKILL)
+        try:
+            assert has_begun.wait(60)
+            clock = Clock()
+            with monkeypatch.context() as patch:
+                patch.setattr(owners, "time", clock)
+                assert not flow._owner.wait(0.3)
+            assert sum(clock.slept) > 0.15  # of a machine that is busy, the rest is its own
+        finally:
+            may_go_on.set()
+        assert flow.put("n", 1).result(60) is None

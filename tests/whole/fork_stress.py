@@ -125,7 +125,14 @@ def fork(by_c: bool) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
             return os.fork()
-    return int(ctypes.PyDLL(None).fork())
+    # As `fork_in_c` of tests/edges/test_forks.py says: no other thread may have asked for the GIL.
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)
+    time.sleep(2 * interval)
+    try:
+        return int(ctypes.PyDLL(None).fork())
+    finally:
+        sys.setswitchinterval(interval)
 
 
 def do(function: Callable[[], object], patience: float) -> None:
