@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
-import posix_ipc
+
+from strictflow_mp.system import posix
 
 from .measure import Missing, child, now
 
@@ -181,12 +182,12 @@ def _wait_for_redis(client: Any, process: subprocess.Popen[bytes], refused: type
 
 
 @contextmanager
-def semaphore_poster(seconds: float) -> Iterator[tuple[posix_ipc.Semaphore, Connection]]:
+def semaphore_poster(seconds: float) -> Iterator[tuple[posix.Semaphore, Connection]]:
     """A named semaphore, and a process that, asked by a message, works for *seconds*, then posts it.
 
     Its answer on the pipe is the time at which it was about to post.
     """
-    semaphore = posix_ipc.Semaphore(f"/{NAME}", posix_ipc.O_CREX, 0o600, 0)
+    semaphore = posix.Semaphore(f"/{NAME}", posix.O_CREX, 0o600, 0)
     try:
         with child(_post, semaphore.name, seconds) as connection:
             connection.recv()
@@ -197,7 +198,7 @@ def semaphore_poster(seconds: float) -> Iterator[tuple[posix_ipc.Semaphore, Conn
 
 
 def _post(connection: Connection, name: str, seconds: float) -> None:
-    semaphore = posix_ipc.Semaphore(name)
+    semaphore = posix.Semaphore(name)
     connection.send(None)
     while True:
         try:

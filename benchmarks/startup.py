@@ -27,9 +27,11 @@ def compiled() -> Iterator[None]:
     former = {name: os.environ.pop(name, None) for name in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")}
     with tempfile.TemporaryDirectory(prefix=f"{NAME}-pyc-") as directory:
         os.environ["PYTHONPYCACHEPREFIX"] = directory
+        is_off, sys.dont_write_bytecode = sys.dont_write_bytecode, False  # a coordinator has the flags of its parent
         try:
             yield
         finally:
+            sys.dont_write_bytecode = is_off
             del os.environ["PYTHONPYCACHEPREFIX"]
             os.environ.update({name: value for name, value in former.items() if value is not None})
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..core import logger
 from ..errors import StrictFlowError
 from ..memory.segment import W_TRACE
+from ..system.machine import FREE_THREADED
 from ..wire import frames
 from ..wire.failures import type_of, words_of
 from .comeback import come_back, lose, settle_all
@@ -84,16 +85,19 @@ def wait(attachment: Attachment, future: TaskFuture[Any], timeout: float | None)
         if attachment.is_lost:
             settle_all(attachment)
             return
-        if nested or (attachment.server is None and reading.take()):
-            try:
-                # Once more, with the turn: whoever had it before may have read our answer as the last thing it did.
-                if not future.done_now():
-                    _read(attachment, left)
-            finally:
-                if not nested:
-                    reading.leave()
+        is_mine = nested
+        leave = reading.leaver() if FREE_THREADED else reading.leave
+        try:
+            is_mine = nested or (attachment.server is None and reading.take())
+            # Once more, with the turn: whoever had it before may have read our answer as the last thing it did.
+            if is_mine and not future.done_now():
+                _read(attachment, left)
+        finally:
+            if not nested:
+                leave()
+                if is_mine:
                     _pass_on(attachment)  # after that: the thread that is woken finds the turn free
-        else:
+        if not is_mine:
             future.wait_here(FOLLOWER_SECONDS if left is None else min(FOLLOWER_SECONDS, left))
             reading.revoke()  # a thread that a signal handler has thrown out may have it still, and not come back
         if left == 0:

@@ -15,12 +15,11 @@ import time
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-import posix_ipc
-
 from ..errors import FlowNotRunning, GateTimeout, SerializationError, StrictFlowError
 from ..memory.segment import W_EPOCH, W_TRACE
 from ..memory.waiting_room import dismiss
-from ..system import forks
+from ..system import forks, posix
+from ..system.machine import FREE_THREADED
 from ..system.place import Place
 from ..system.shortage import is_shortage
 from ..wire import frames
@@ -30,6 +29,7 @@ from .comeback import come_back, finish, gone, lose, may_return
 from .reaching import LET_IN_SECONDS, reach, take_leave
 from .state import FlowState
 from .submitting import call_batch, check_changes, operate, pack_call, put, question, question_in_time
+from .threads import HomeState, Mine
 
 if TYPE_CHECKING:
     import socket
@@ -52,7 +52,9 @@ class Client:
     def __init__(self, name: str, cache_bytes: int) -> None:
         self.name = name
         # Bound to the segment of `_attachment` while that is set and not lost; a moment later than it is set.
-        self.state = FlowState(self, cache_bytes)
+        self.state: FlowState = HomeState(self, cache_bytes) if FREE_THREADED else FlowState(self, cache_bytes)
+        # What has as its `state` that through which the calling thread is to read.
+        self.states: Any = Mine(self.state) if isinstance(self.state, HomeState) else self
         # The last one that was made, perhaps lost by now: then the next use makes another. None: closed, or never used.
         # Set while `_attaching` is held; read without.
         self._attachment: Attachment | None = None
@@ -136,7 +138,7 @@ class Client:
                 if isinstance(error, StrictFlowError):
                     raise error.of(self.name) from error.__cause__
                 is_ours = welcome is None or is_shortage(error)  # a fault at this end
-                if not is_ours and isinstance(error, (OSError, KeyError, posix_ipc.Error)):
+                if not is_ours and isinstance(error, (OSError, KeyError, posix.Error)):
                     text = f"it ended while this process attached ({error!r})"
                     raise FlowNotRunning(text, flow=self.name) from error
                 raise

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadOnlyState, SerializationError, StrictFlowError
 from ..memory.fences import WEAK, WORD, read_fence
@@ -26,8 +26,10 @@ from .cache import OVERHEAD_BYTES, Bound, Cache, Entry, unbound
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from ..memory.gate import Gate
+    from .host import Host
 
 __all__ = ["FlowState", "scope"]
 
@@ -36,27 +38,6 @@ _MISSING: Any = object()
 
 scope: ContextVar[dict[str, Snapshot] | None] = ContextVar("strictflow_mp.scope", default=None)
 """By flow, the snapshot that a worker-side P2 task reads: its `flow.state` is one version throughout."""
-
-
-class Host(Protocol):
-    """What `FlowState` needs from the client that it belongs to."""
-
-    name: str
-
-    def pass_gate(self) -> StoreReader:
-        """Attach if need be, wait for the gate, return the reader."""
-
-    def reader(self) -> StoreReader:
-        """Attach if need be, return the reader."""
-
-    def rebind(self, reader: StoreReader, epoch: int) -> None:
-        """Have the state bound anew, if that is still our reader."""
-
-    def write(self, changes: dict[bytes, bytes | None]) -> None:
-        """Commit a ready-made P1 and wait for it."""
-
-    def operate(self, what: str, asked: dict[bytes, bytes | None]) -> Any:
-        """Commit a ready-made P1 that looks first, and wait for its result."""
 
 
 class FlowState(TypedState):
@@ -79,7 +60,7 @@ class FlowState(TypedState):
         """Look at a segment from now on, as long as EPOCH, which was loaded before, stands at *epoch*."""
         submitted, finished = gate.within_reach()
         cache = Cache(self._cache_bytes)
-        self._bound: Bound = (submitted, finished, segment.words, cache.entries, cache, reader, epoch)
+        self._bound: Bound = (submitted, finished, reader.words, cache.entries, cache, reader, epoch)
 
     def unbind(self) -> None:
         """Look at nothing: the next read attaches first."""
@@ -252,9 +233,12 @@ class FlowState(TypedState):
         except StrictFlowError as error:
             raise unreadable(error, key, self._host.name) from error.__cause__
 
-    @contextmanager
-    def within(self, snapshot: Snapshot) -> Iterator[None]:
+    def within(self, snapshot: Snapshot) -> AbstractContextManager[None]:
         """In this context, `flow.state` is the snapshot."""
+        return self._within(snapshot)
+
+    @contextmanager
+    def _within(self, snapshot: Snapshot) -> Iterator[None]:
         token = scope.set({**(scope.get() or {}), self._host.name: snapshot})
         self._scopes[id(token)] = None
         try:
@@ -263,9 +247,13 @@ class FlowState(TypedState):
             del self._scopes[id(token)]
             scope.reset(token)
 
+    def _reader(self) -> StoreReader:
+        """The reader, whatever the gate says."""
+        return self._host.reader()
+
     def peek(self, key: Any) -> Any:
         """The committed value without the gate; KeyError when absent."""
-        reader = self._host.reader()
+        reader = self._reader()
         route = reader.route(packed_key(key, self._host.name))
         found = reader.get(route)
         if found is None:
@@ -274,7 +262,7 @@ class FlowState(TypedState):
 
     def snapshot(self, *, gated: bool = True) -> Snapshot:
         """A view of one version, taken after the gate or not."""
-        enter = self._pass_gate if gated else self._host.reader
+        enter = self._pass_gate if gated else self._reader
         return Snapshot(self._host.name, enter, lambda: self._reader_at_once(gated))
 
     def _reader_at_once(self, gated: bool) -> StoreReader | None:

@@ -7,15 +7,25 @@ first, so that whoever has looked at a taking that has ended meanwhile does noth
 
 A thread that was thrown out and comes back finds its taking, and changes it for a new one. If it does not come back,
 another thread that waits sees from its stack that it has left (`revoke`).
+
+Without the GIL nobody can look at the stack of a thread that runs. There the turn is left in a ``finally``, by one call
+of C that was made ready before (`leaver`). In CPython 3.13, and there is no such interpreter before it, signal handlers
+come in behind a call, at the start of a function and where a loop goes back: so none can come in ahead of that.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
+from functools import partial
+from itertools import islice
+from operator import eq, itemgetter
 from typing import TYPE_CHECKING
 
+from ..system.machine import FREE_THREADED
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from types import CodeType, FrameType
 
 __all__ = ["Turn"]
@@ -68,6 +78,13 @@ class Turn:
         if holder is not None and holder[0] == threading.get_ident():
             self._close(holder)
 
+    def leaver(self) -> Callable[[], object]:
+        """As `leave`, without the GIL: for one ``finally``, to be called once, in the thread that has asked for it."""
+        holder, me = self._holder, threading.get_ident()
+        # The thread that has it, if anybody has; nobody is looked for before `next` runs.
+        thread = map(itemgetter(0), islice(iter(partial(holder.get, _HOLDER), None), 1))
+        return partial(next, map(partial(holder.pop, _HOLDER), filter(partial(eq, me), thread)), None)
+
     def _close(self, taking: _Taking) -> None:
         try:
             next(map(self._holder.__delitem__, map(list.pop, (taking[1],))))
@@ -84,6 +101,10 @@ class Turn:
         if holder is None:
             return
         frames = sys._current_frames()
+        if FREE_THREADED:
+            if holder[0] not in frames:
+                self._close(holder)  # its thread has ended
+            return
         if threading.get_ident() not in frames:
             # We are a greenlet, and of others that sleep nothing can be seen. Nothing is thrown out of one but where it
             # waits, and there it leaves the turn.

@@ -89,7 +89,7 @@ class Burst:
         if key in latest:  # often the last burst changed what this one does
             return latest[key]
         cell = self._reader.find(self._version, self._reader.route(key))
-        return None if cell is None else cell.payload.tobytes()
+        return None if cell is None else bytes(cell.payload)
 
     @property
     def _version(self) -> Version:

@@ -11,7 +11,7 @@ from ..client.client import FIRST_USE_SECONDS, Client
 from ..client.registry import client_of
 from ..errors import StrictFlowError
 from ..system import forks
-from ..system.machine import check_machine
+from ..system.machine import FREE_THREADED, check_machine
 from ..system.place import Place
 from ..values.changes import pack_change, pack_changes, pack_deletes
 from ..wire import inside
@@ -26,6 +26,7 @@ from .watch import Watch
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from ..client.state import FlowState
     from ..store.views import Snapshot
     from ..trace import Trace
     from ..values.annotations import Key, PlainKey, TypedState
@@ -94,11 +95,14 @@ class StrictFlow:
         self._starting = threading.RLock()  # held while `_owner` is set or taken away
         # The loop, when its tasks hold this handle; None in every other process, and there alone is a `_client`.
         self._loop = inside.inside(self.name)
+        self._states: Any  # has as its `state` what the calling thread is to use
         if self._loop is not None:
-            self.state = self._loop.state
+            self._states = self._loop
         else:
             self._client: Client = client_of(self.name, self._cache_bytes)
-            self.state = self._client.state
+            self._states = self._client.states
+        if not FREE_THREADED:
+            self.state = self._states.state
         inside.remember(self)
 
     def move_out(self) -> None:
@@ -249,7 +253,8 @@ class StrictFlow:
         if self._inside is not None:
             snapshot: Snapshot = self._inside.snapshot()
             return snapshot
-        return self._client.state.snapshot(gated=gated)
+        state: FlowState = self._client.states.state
+        return state.snapshot(gated=gated)
 
     def reading(self, snapshot: Snapshot) -> AbstractContextManager[None]:
         """A context in which `flow.state` is the snapshot (a worker-side P2 runs in it)."""
@@ -270,7 +275,7 @@ class StrictFlow:
             KeyError: it is absent, and no default was given.
         """
         try:
-            return self.state[key] if self._inside is not None else self._client.state.peek(key)
+            return self.state[key] if self._inside is not None else self._client.states.state.peek(key)
         except KeyError:
             if default is _MISSING:
                 raise
@@ -379,6 +384,10 @@ class StrictFlow:
 
     def __repr__(self) -> str:
         return f"<StrictFlow {self.name!r}{' (inside SF-LOOP)' if self._inside else ''}>"
+
+
+if FREE_THREADED:  # another one in each thread (`client.threads`)
+    StrictFlow.state = property(lambda flow: flow._states.state)  # type: ignore[assignment]
 
 
 def _restore(name: str, is_named: bool, options: dict[str, Any], directory: str | None = None) -> StrictFlow:

@@ -14,9 +14,8 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-import posix_ipc
-
 from ..errors import StateFull
+from ..system import posix
 
 if TYPE_CHECKING:
     from ..system.cgroup import Headroom
@@ -52,7 +51,7 @@ class Backing:
                 flow=flow,
             )
         if self._fd < 0:
-            self._fd = posix_ipc.SharedMemory("/" + self._name).fd
+            self._fd = posix.SharedMemory("/" + self._name).fd
         try:
             os.posix_fallocate(self._fd, start, size)
         except OSError as error:
@@ -67,8 +66,8 @@ class Backing:
     def is_named(self) -> bool:
         """Whether the segment's name still leads to this memory: whoever attaches opens it by that."""
         try:
-            other = posix_ipc.SharedMemory("/" + self._name)
-        except posix_ipc.Error:
+            other = posix.SharedMemory("/" + self._name)
+        except posix.Error:
             return False
         try:
             return self._fd < 0 or os.path.sameopenfile(other.fd, self._fd)

@@ -29,8 +29,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
-import posix_ipc
-
+from ..system import posix
 from ..system.spin import look_for
 from .fences import fence, raise_word, read_fence
 from .segment import CONDEMNED, SERVING, W_REACH, W_STATUS, Segment
@@ -57,10 +56,11 @@ class Gate:
         submitted, finished: the two arrays, of all slots. Of these a process stores its own word of the first alone.
     """
 
-    def __init__(self, segment: Segment, slot: int, semaphore: posix_ipc.Semaphore) -> None:
+    def __init__(self, segment: Segment, slot: int, semaphore: posix.Semaphore) -> None:
         words, slots = segment.words, segment.slots
-        self.submitted = words[segment.submitted : segment.submitted + slots]
-        self.finished = words[segment.finished : segment.finished + slots]
+        self.submitted = segment.array(segment.submitted, slots)
+        self.finished = segment.array(segment.finished, slots)
+        self._segment = segment
         self._words = words
         self._slot = slot
         # The words that this process stores. SUBMITTED under the submit lock of its client; WAITING by the leader
@@ -113,8 +113,8 @@ class Gate:
         # Load-load: REACH (L6) may not be loaded before the EPOCH (L4) that it is of. A REACH that is later than that
         # EPOCH does no harm. Pairs with the first fence of `memory.gatekeeper.GateKeeper.widen`.
         read_fence()
-        reach = self._words[W_REACH]
-        return self.submitted[:reach], self.finished[:reach]
+        segment, reach = self._segment, self._words[W_REACH]
+        return segment.array(segment.submitted, reach), segment.array(segment.finished, reach)
 
     def is_open(self) -> bool:
         """Whether nothing that was submitted is unfinished."""
@@ -244,7 +244,7 @@ class Gate:
         if self._leader.setdefault(LEADER, NO_THREAD) == NO_THREAD:
             try:
                 self._semaphore.close()
-            except posix_ipc.ExistentialError:
+            except posix.ExistentialError:
                 pass  # another thread was here first
 
     def __repr__(self) -> str:

@@ -23,8 +23,7 @@ import itertools
 import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-import posix_ipc
-
+from ..system import posix
 from .fences import fence, publish_fence, raise_word
 from .segment import STOPPED, W_EPOCH, W_REACH, W_STATUS, W_TENANCIES, Segment
 from .semaphores import make_semaphore, open_semaphore, semaphore_name, unlink_semaphore, value_of
@@ -65,7 +64,7 @@ class GateKeeper:
         self._nobody = memoryview(bytes(8 * slots)).cast("Q")
         self._look_within(words[W_REACH])
         # Of each slot that is somebody's. Posted by us, waited for by the slot's process.
-        self._semaphores: dict[int, posix_ipc.Semaphore] = {}
+        self._semaphores: dict[int, posix.Semaphore] = {}
         # Tickets of slot 0, whose SUBMITTED nobody else stores while we live.
         self._tickets = itertools.count(self._submitted[0] + 1)
 
@@ -82,7 +81,7 @@ class GateKeeper:
                 continue
             try:
                 self._semaphores[slot] = open_semaphore(self.semaphore_of(slot))
-            except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+            except (posix.ExistentialError, posix.PermissionsError):
                 # Somebody has removed it, and may have taken its name. The slot's process sleeps on the former one, a
                 # slice at a time.
                 self._semaphores[slot] = make_semaphore(self._token, words)

@@ -21,9 +21,8 @@ import os
 import sys
 from typing import NamedTuple
 
-import posix_ipc
-
 from ..errors import FlowExists
+from ..system import posix
 from ..system.lease import Lease
 from ..system.place import Place, Resident, places
 from .fences import fence, publish_fence
@@ -62,8 +61,8 @@ def condemn(segment: Segment, token: str) -> None:
     for slot, waiting in enumerate(words[segment.waiting : segment.waiting + segment.slots].tolist()):
         if waiting:
             try:
-                semaphore = posix_ipc.Semaphore(semaphore_name(token, slot, segment.slot(slot).semaphore))
-            except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+                semaphore = posix.Semaphore(semaphore_name(token, slot, segment.slot(slot).semaphore))
+            except (posix.ExistentialError, posix.PermissionsError):
                 continue
             semaphore.release()
             semaphore.close()
@@ -120,9 +119,9 @@ def _remove_by_name(token: str) -> list[str]:
     for path in glob.glob(f"/dev/shm/sem.{PREFIX}{glob.escape(token)}.*"):
         name = "/" + os.path.basename(path).removeprefix("sem.")
         try:
-            posix_ipc.unlink_semaphore(name)
+            posix.unlink_semaphore(name)
             removed.append(name)
-        except posix_ipc.Error:
+        except posix.Error:
             pass  # it is gone, or another user's
     return removed
 

@@ -14,9 +14,14 @@ import os
 import sys
 import threading
 from multiprocessing import resource_tracker, shared_memory
+from typing import TYPE_CHECKING
 
 from ..system.descriptors import fill_standard
 from ..system.forks import in_child
+from ..system.machine import FREE_THREADED
+
+if TYPE_CHECKING:
+    from mmap import mmap
 
 __all__ = ["Mapping"]
 
@@ -59,7 +64,17 @@ class Mapping(shared_memory.SharedMemory):
         """Whose the memory is."""
         return os.fstat(getattr(self, "_fd")).st_uid  # noqa: B009  the base class does not declare it
 
+    @property
+    def memory(self) -> mmap:
+        """All of the mapping, until `close`. A slice of it is a copy, no view that anybody would have to count."""
+        mapped: mmap = getattr(self, "_mmap")  # noqa: B009  as above
+        return mapped
+
     def close(self) -> None:
+        if FREE_THREADED:
+            # Another thread may be in the midst of a load: no lock of the interpreter's keeps us from it. So nothing is
+            # unmapped here. Who drops the last reference does it, of those that `Segment` and its views have.
+            self._buf = self._mmap = None
         try:
             super().close()
         except BufferError:

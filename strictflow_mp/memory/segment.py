@@ -54,9 +54,9 @@ import os
 import struct
 from typing import TYPE_CHECKING
 
-import posix_ipc
-
 from ..errors import ProtocolError, StateFull
+from ..system import posix
+from ..system.machine import FREE_THREADED
 from .backing import Backing
 from .fences import WORD, publish_fence, read_fence, words_of
 from .slot import PIN_WORDS, SLOT_ARRAYS, SlotWords
@@ -158,6 +158,8 @@ class Segment:
     Attributes:
         words: every word of the segment, those that are not claimed yet included: nobody may touch these.
         buffer: every byte of it; as with the words.
+        memory: the same, for slices that are copies. What several threads may do at a time takes these: CPython without
+            the GIL counts the views that are made of one memoryview wrongly (3.13), and lets go of the memory too soon.
         slots: how many slots there are, the coordinator's own included. It never changes.
         size: bytes of the segment, a multiple of a page. It never changes.
         submitted, finished, waiting, pids, starts, spaces, tenants, waits, waited, semaphores: at which word the array
@@ -174,6 +176,7 @@ class Segment:
         assert mapping.buf is not None
         self.buffer: memoryview = mapping.buf[:size]
         self.words = words_of(self.buffer)
+        self.memory = mapping.memory
         position = W_RING + RING_RECORDS * RECORD_WORDS
         array = _round_up(slots, 8)
         self.submitted = position
@@ -303,7 +306,11 @@ class Segment:
         views; beyond it lie pages that do not exist, and in a full /dev/shm touching one is SIGBUS.
         """
         limit = max(self.arena, min(self.words[W_CLAIMED], self.size // WORD))  # whatever it says
-        return self.words[:limit], self.buffer[: limit * WORD]
+        return self.array(0, limit), memoryview(self.memory)[: limit * WORD]
+
+    def array(self, start: int, count: int) -> memoryview:
+        """Words from *start* on, as a view that has nothing in common with others: any thread may make one."""
+        return words_of(memoryview(self.memory)[: self.size])[start : start + count]
 
     @property
     def words_claimed(self) -> int:
@@ -341,11 +348,12 @@ class Segment:
     def close(self) -> None:
         """Unmap, unless a reader still holds a view on it."""
         self._backing.close()
-        try:
-            self.words.release()
-            self.buffer.release()
-        except BufferError:
-            pass
+        if not FREE_THREADED:  # else another thread may be in the midst of a load (`mapping`)
+            try:
+                self.words.release()
+                self.buffer.release()
+            except BufferError:
+                pass
         self._mapping.close()
 
     def is_named(self) -> bool:
@@ -370,6 +378,6 @@ def _foreign(name: str) -> ProtocolError:
 def unlink_segment(name: str) -> None:
     """Remove a segment's name. No error if it is gone already, and another user's by now."""
     try:
-        posix_ipc.unlink_shared_memory("/" + name)
-    except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+        posix.unlink_shared_memory("/" + name)
+    except (posix.ExistentialError, posix.PermissionsError):
         pass

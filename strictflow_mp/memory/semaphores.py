@@ -22,8 +22,7 @@ import threading
 from _signal import pthread_sigmask
 from typing import TYPE_CHECKING
 
-import posix_ipc
-
+from ..system import posix
 from .segment import PREFIX
 
 if TYPE_CHECKING:
@@ -62,14 +61,14 @@ def draw() -> int:
     return int.from_bytes(os.urandom(4), "little") >> 2 or 1
 
 
-def open_semaphore(name: str, flags: int = 0) -> posix_ipc.Semaphore:
+def open_semaphore(name: str, flags: int = 0) -> posix.Semaphore:
     """Open, or make, a semaphore.
 
     Raises:
         OSError: this process (EMFILE), or the machine (ENFILE), is out of descriptors. posix_ipc says it in words only.
     """
     try:
-        return posix_ipc.Semaphore(name, flags, 0o600, 0)
+        return posix.Semaphore(name, flags, 0o600, 0)
     except OSError as error:
         if error.errno is not None:
             raise
@@ -77,7 +76,7 @@ def open_semaphore(name: str, flags: int = 0) -> posix_ipc.Semaphore:
         raise OSError(number, os.strerror(number)) from None
 
 
-def make_semaphore(token: str, words: SlotWords) -> posix_ipc.Semaphore:
+def make_semaphore(token: str, words: SlotWords) -> posix.Semaphore:
     """Make the semaphore of a slot that has none.
 
     Raises:
@@ -87,8 +86,8 @@ def make_semaphore(token: str, words: SlotWords) -> posix_ipc.Semaphore:
         # Before it is made: so that it is found when we die here.
         words.semaphore = draw()
         try:
-            return open_semaphore(semaphore_name(token, words.number, words.semaphore), posix_ipc.O_CREX)
-        except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+            return open_semaphore(semaphore_name(token, words.number, words.semaphore), posix.O_CREX)
+        except (posix.ExistentialError, posix.PermissionsError):
             pass  # somebody's: pass it over
     raise OSError(errno.EEXIST, "every name for a semaphore that was tried is taken")
 
@@ -99,21 +98,21 @@ def unlink_semaphore(token: str, words: SlotWords) -> str | None:
         return None
     name = semaphore_name(token, words.number, words.semaphore)
     try:
-        posix_ipc.unlink_semaphore(name)
-    except (posix_ipc.ExistentialError, posix_ipc.PermissionsError):
+        posix.unlink_semaphore(name)
+    except (posix.ExistentialError, posix.PermissionsError):
         return None  # it is gone, or another user's by now
     finally:
         words.semaphore = 0
     return name
 
 
-def sleep_on(semaphore: posix_ipc.Semaphore, seconds: float) -> None:
+def sleep_on(semaphore: posix.Semaphore, seconds: float) -> None:
     """Sleep until a post, or for about that long.
 
     posix_ipc drops the exception of a signal handler that runs during acquire, so in the main thread signals wait until
     the sleep is over. A handler's delay is therefore at most one sleep.
     """
-    if threading.current_thread() is not threading.main_thread():
+    if posix.KEEPS_EXCEPTIONS or threading.current_thread() is not threading.main_thread():
         _acquire(semaphore, seconds)
         return
     # First the mask alone: a handler may raise out of the call that blocks, when it has blocked already.
@@ -125,15 +124,15 @@ def sleep_on(semaphore: posix_ipc.Semaphore, seconds: float) -> None:
         pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _acquire(semaphore: posix_ipc.Semaphore, seconds: float) -> None:
+def _acquire(semaphore: posix.Semaphore, seconds: float) -> None:
     try:
         semaphore.acquire(seconds)
-    except posix_ipc.BusyError:
+    except posix.BusyError:
         pass
-    except posix_ipc.SignalError:
+    except posix.SignalError:
         pass  # a signal that cannot be blocked
 
 
-def value_of(semaphore: posix_ipc.Semaphore) -> int:
+def value_of(semaphore: posix.Semaphore) -> int:
     """How many posts nobody has taken yet."""
     return int(semaphore.value)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ..errors import SerializationError, StrictFlowError
 from ..memory.waiting_room import wait_in_thread
+from ..system.machine import FREE_THREADED
 from ..values.annotations import TypedMapping
 from ..values.codec import has_arrays, unpack_frozen
 from ..values.keys import packed_key, unpack_key
@@ -38,7 +39,7 @@ def decode(reader: StoreReader, version: Version, cell: Cell) -> Any:
     payload = cell.payload
     if not has_arrays(payload):
         return unpack_frozen(bytes(payload))
-    if not version.is_exact:
+    if FREE_THREADED or not version.is_exact:
         # The floor pin would hold back everything; a copy holds back nothing.
         return unpack_frozen(bytes(payload))
 

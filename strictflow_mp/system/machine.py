@@ -6,7 +6,10 @@ import sys
 
 from ..errors import StrictFlowError
 
-__all__ = ["check_machine"]
+__all__ = ["FREE_THREADED", "check_machine"]
+
+FREE_THREADED = "t" in getattr(sys, "abiflags", "")
+"""Whether this interpreter is built without the GIL. It may be on all the same: what follows from this does no harm."""
 
 WORD_BITS = 64
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import threading
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ import pytest
 
 from strictflow_mp.client import turn as turns
 from strictflow_mp.client.turn import Turn
+from strictflow_mp.system.machine import FREE_THREADED
 
 WAIT_SECONDS = 10
 
@@ -106,6 +108,7 @@ def test_the_turn_is_of_one_thread_until_that_leaves(turn, readers):
     turn.leave()
 
 
+@pytest.mark.skipif(FREE_THREADED, reason="nobody looks at the stack of another thread there")
 def test_the_turn_of_a_thread_that_was_thrown_out_is_taken_by_another(turn, readers):
     first, second = readers
     first.tell("take")
@@ -169,3 +172,70 @@ def test_one_that_comes_back_while_its_turn_is_revoked_takes_it_anew(turn, reade
     assert not turn.take()
     first.tell("leave")
     assert not turn._holder
+
+
+# Without the GIL
+
+
+def test_a_leaver_leaves_what_its_thread_has_and_nothing_else(turn, readers):
+    first, _ = readers
+    leave = turn.leaver()
+    leave()  # nobody has it
+    assert turn.take()
+    leave = turn.leaver()
+    leave()
+    first.tell("take")  # it is free
+    turn.leaver()()  # of a thread that does not have it
+    assert not turn.take()
+    first.tell("leave")
+    assert turn.take()
+    turn.leave()
+
+
+def test_no_signal_handler_comes_in_ahead_of_a_leaver(turn):
+    """Between any two bytecodes of who has the turn: it is left, whatever was raised."""
+    if sys.version_info < (3, 13):
+        pytest.skip("before, signal handlers come in anywhere")
+
+    class Raised(Exception):
+        pass
+
+    def handle(*_):
+        raise Raised
+
+    def inside():
+        leave = turn.leaver()
+        try:
+            turn.take()
+            sum(range(50))
+        finally:
+            leave()
+
+    former = signal.signal(signal.SIGALRM, handle)
+    raised = 0
+    try:
+        for number in range(3000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 1e-6 * (1 + number % 30))
+                inside()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Raised:
+                raised += 1
+            assert turn._thread() is None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+    assert raised > 100
+
+
+def test_only_a_thread_that_has_ended_is_thrown_out(turn, monkeypatch):
+    monkeypatch.setattr(turns, "FREE_THREADED", True)
+    thread = threading.Thread(target=turn.take)
+    thread.start()
+    thread.join()
+    assert turn.take() is False or turn._thread() != thread.ident
+    turn.revoke()
+    assert turn.take()
+    turn.revoke()
+    assert turn._thread() == threading.get_ident()
+    turn.leave()

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import posix_ipc
 import pytest
 
 from strictflow_mp import CoordinatorLost, FlowNotRunning, StrictFlow, StrictFlowError
 from strictflow_mp.client import comeback
 from strictflow_mp.memory.leftovers import sweep
+from strictflow_mp.system import posix
 from strictflow_mp.system.place import Place, Resident
 
 pytestmark = pytest.mark.once
@@ -48,8 +48,8 @@ def remove_all(place: Place) -> None:
     """What systemd-logind does with RemoveIPC=yes when the user logs out."""
     token = resident(place).token
     shutil.rmtree(place.directory)
-    with suppress(posix_ipc.ExistentialError):
-        posix_ipc.unlink_shared_memory(f"/sfmp-{token}")
+    with suppress(posix.ExistentialError):
+        posix.unlink_shared_memory(f"/sfmp-{token}")
     for path in glob.glob(f"/dev/shm/sem.sfmp-{token}.*"):
         os.unlink(path)
 

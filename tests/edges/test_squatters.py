@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-import posix_ipc
 import pytest
 
 from strictflow_mp import ProtocolError, StrictFlow, StrictFlowError
 from strictflow_mp.memory import leftovers, semaphores
 from strictflow_mp.memory.segment import PREFIX, Segment
 from strictflow_mp.system import place as places
+from strictflow_mp.system import posix
 from strictflow_mp.system.identity import Identity
 from strictflow_mp.system.place import Place
 
@@ -85,13 +85,13 @@ def segment() -> Iterator[Segment]:
 
 def test_an_unlink_that_is_refused_is_no_error(segment, monkeypatch):
     def refuse(name):
-        raise posix_ipc.PermissionsError
+        raise posix.PermissionsError
 
     token = segment.name.removeprefix(PREFIX)
     semaphore = semaphores.make_semaphore(token, segment.slot(2))
     with monkeypatch.context() as patch:
-        patch.setattr(posix_ipc, "unlink_semaphore", refuse)
-        patch.setattr(posix_ipc, "unlink_shared_memory", refuse)
+        patch.setattr(posix, "unlink_semaphore", refuse)
+        patch.setattr(posix, "unlink_shared_memory", refuse)
         leftovers.remove(token)
         assert segment.slot(2).semaphore == 0
     semaphore.unlink()

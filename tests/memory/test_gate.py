@@ -18,7 +18,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import posix_ipc
 import pytest
 from holding import held
 
@@ -43,7 +42,7 @@ from strictflow_mp.memory.segment import (
 )
 from strictflow_mp.memory.semaphores import make_semaphore
 from strictflow_mp.store import views
-from strictflow_mp.system import spin
+from strictflow_mp.system import posix, spin
 from strictflow_mp.system.identity import Identity
 from strictflow_mp.system.place import Place
 
@@ -67,7 +66,7 @@ class House:
     def gate(self, slot):
         if slot not in self.gates:
             name = self.keeper.admit(slot, Identity(os.getpid(), 0, 0, 0))
-            self.gates[slot] = Gate(self.segment, slot, posix_ipc.Semaphore(name))
+            self.gates[slot] = Gate(self.segment, slot, posix.Semaphore(name))
         return self.gates[slot]
 
     def reader(self, slot, deadline=None):
@@ -284,7 +283,7 @@ def test_a_post_too_many_ends_no_wait(house, asleep, eventually):
     house.gate(1).raise_flag(1)
     house.gate(2)
     name = house.keeper.semaphore_of(2)
-    extra = posix_ipc.Semaphore(name)
+    extra = posix.Semaphore(name)
     for _ in range(3):
         extra.release()
     extra.close()
@@ -351,7 +350,7 @@ def test_the_keeper_says_what_is_finished_and_then_looks_for_sleepers(house, mon
     at_the_fence(monkeypatch, sleep_just_now)
     house.keeper.finish({1: 1})
     assert finished == [1]
-    semaphore = posix_ipc.Semaphore(house.keeper.semaphore_of(2))
+    semaphore = posix.Semaphore(house.keeper.semaphore_of(2))
     semaphore.acquire(0)
     semaphore.close()
 
@@ -456,7 +455,7 @@ def test_a_read_is_content_with_more_than_it_waited_for(house, asleep, eventuall
 
 def submit_and_read(segment_name, slot, semaphore, threads, rounds):
     spin.SPIN_SECONDS, gate_module.SLEEP_SECONDS = 0, FOR_EVER
-    gate = Gate(Segment.open(segment_name), slot, posix_ipc.Semaphore(semaphore))
+    gate = Gate(Segment.open(segment_name), slot, posix.Semaphore(semaphore))
     submitting = threading.Lock()
 
     def run():
@@ -565,7 +564,7 @@ def test_a_signal_handler_runs_during_the_wait_which_then_goes_on(house, asleep,
 def test_a_handler_that_raises_at_any_instant_leaves_no_signal_blocked_and_no_lock_held(run_python):
     script = """
         import os, random, secrets, signal, threading, time
-        import posix_ipc
+        from strictflow_mp.system import posix
         from strictflow_mp.memory import gate as gate_module
         from strictflow_mp.system import spin
         from strictflow_mp.memory.gate import Gate
@@ -604,9 +603,9 @@ def test_a_handler_that_raises_at_any_instant_leaves_no_signal_blocked_and_no_lo
         segment = Segment.create(token, "house", capacity=1, slots=2, identity=Identity(os.getpid(), 0, 0, 0))
         keeper = GateKeeper(segment, token)
         semaphore = keeper.admit(1, Identity(os.getpid(), 0, 0, 0))
-        gate = Gate(segment, 1, posix_ipc.Semaphore(semaphore))
+        gate = Gate(segment, 1, posix.Semaphore(semaphore))
         segment.unlink()
-        posix_ipc.unlink_semaphore(semaphore)
+        posix.unlink_semaphore(semaphore)
         gate.raise_flag(1)
         print("blocked after", storm(gate))
         print("sleeping", segment.words[segment.waiting + 1])
@@ -663,11 +662,11 @@ def test_a_dismissed_slot_leaves_no_semaphore(house):
     names = [house.keeper.semaphore_of(slot) for slot in (1, 2)]
     mine = house.keeper._semaphores[1]
     house.keeper.dismiss(1)
-    with pytest.raises(posix_ipc.ExistentialError):
+    with pytest.raises(posix.ExistentialError):
         mine.release()  # it is closed, too
-    with pytest.raises(posix_ipc.ExistentialError):
-        posix_ipc.Semaphore(names[0])
-    posix_ipc.Semaphore(names[1]).close()
+    with pytest.raises(posix.ExistentialError):
+        posix.Semaphore(names[0])
+    posix.Semaphore(names[1]).close()
 
 
 def test_a_process_that_is_killed_leaves_no_flag_up(eventually):
@@ -719,7 +718,7 @@ class Visitor:
             if command in READS:
                 box.send(READS[command](attached))
             elif command == "reach":
-                box.send(len(attached._client.state._bound[0]))
+                box.send(len(attached.state._bound[0]))
             else:
                 attached.put("newcomer", command)
                 box.send("submitted")
@@ -888,7 +887,7 @@ def visitor(number):
 def sleeping(house, slot):
     """Say that a reader sleeps in that slot; return a function that says how often it was woken since."""
     house.set_word("waiting", slot, 1)
-    semaphore = posix_ipc.Semaphore(house.keeper.semaphore_of(slot))
+    semaphore = posix.Semaphore(house.keeper.semaphore_of(slot))
 
     def posts():
         count = 0
@@ -896,7 +895,7 @@ def sleeping(house, slot):
             while True:
                 semaphore.acquire(0)
                 count += 1
-        except posix_ipc.BusyError:
+        except posix.BusyError:
             return count
 
     return posts
@@ -941,8 +940,8 @@ def test_a_newcomer_finds_its_slot_as_if_nobody_had_been_there(house, admitted):
     left_behind.close()
     [name] = admitted(3)
     assert name == house.keeper.semaphore_of(3) != former
-    with pytest.raises(posix_ipc.ExistentialError):
-        posix_ipc.Semaphore(former)
+    with pytest.raises(posix.ExistentialError):
+        posix.Semaphore(former)
     for array in ("waiting", "waits", "waited"):
         assert [house.word(array, slot) for slot in (2, 3, 4)] == [9, 0, 9]
         for slot in (2, 4):
@@ -966,7 +965,7 @@ def test_each_slot_has_words_of_its_own_however_many_there_are():
         assert [keeper.tenancy(slot) for slot in slots] == [
             (slot, 1000 + slot, 2000 + slot, 4000 + slot, slot) for slot in slots
         ]
-        gates = [Gate(segment, slot, posix_ipc.Semaphore(name)) for slot, name in zip(slots, names, strict=True)]
+        gates = [Gate(segment, slot, posix.Semaphore(name)) for slot, name in zip(slots, names, strict=True)]
         for slot, gate in zip(slots, gates, strict=True):
             gate.raise_flag(slot)
             assert gate.last == slot
@@ -1010,7 +1009,7 @@ def test_only_the_user_may_touch_a_semaphore(house, admitted):
         return os.stat(f"/dev/shm/sem.{house.keeper.semaphore_of(1)[1:]}").st_mode & 0o777
 
     assert mode() == 0o600
-    posix_ipc.unlink_semaphore(house.keeper.semaphore_of(1))
+    posix.unlink_semaphore(house.keeper.semaphore_of(1))
     GateKeeper(house.segment, house.token).take_over()
     assert mode() == 0o600
 
@@ -1071,7 +1070,7 @@ def test_the_keeper_who_takes_over_knows_who_has_a_slot_and_can_wake_them(house,
     house.keeper.raise_own()
     house.set_word("submitted", 4, 3)
     posts = sleeping(house, 1)
-    posix_ipc.unlink_semaphore(house.keeper.semaphore_of(4))
+    posix.unlink_semaphore(house.keeper.semaphore_of(4))
     stray = make_semaphore(house.token, house.segment.slot(5))
     strays_name = house.keeper.semaphore_of(5)
     stray.close()
@@ -1079,8 +1078,8 @@ def test_the_keeper_who_takes_over_knows_who_has_a_slot_and_can_wake_them(house,
     assert heir.take_over() == [house.keeper.tenancy(slot) for slot in (1, 4, 7)]
     assert [house.word("finished", slot) for slot in (0, 1, 4)] == [1, 0, 0]
     assert heir.is_up()
-    with pytest.raises(posix_ipc.ExistentialError):
-        posix_ipc.Semaphore(strays_name)
+    with pytest.raises(posix.ExistentialError):
+        posix.Semaphore(strays_name)
     posts_of_4 = sleeping(house, 4)
     heir.finish({4: 3})
     assert (posts(), posts_of_4()) == (1, 1)
@@ -1124,7 +1123,7 @@ def test_only_a_flow_that_is_served_is_condemned_and_whoever_sleeps_wakes(house,
     admitted(1, 2, 3, 4)
     posts = [sleeping(house, slot) for slot in (1, 2, 3, 4)]
     house.set_word("waiting", 3, 0)
-    posix_ipc.unlink_semaphore(house.keeper.semaphore_of(2))
+    posix.unlink_semaphore(house.keeper.semaphore_of(2))
     house.set_word("finished", 0, 6)
     gate = house.gate(5)
     house.segment.words[W_STATUS] = status
@@ -1229,7 +1228,7 @@ def test_a_gate_that_is_released_while_a_thread_sleeps_keeps_its_semaphore(house
     assert reader.result() is True
     for _ in range(2):
         gate.release()
-        with pytest.raises(posix_ipc.ExistentialError):
+        with pytest.raises(posix.ExistentialError):
             gate._semaphore.release()
 
 

@@ -13,11 +13,12 @@ import time
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
-import posix_ipc
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from leaks import SHARED, VARIABLE, Watch
+
+from strictflow_mp.system import posix
 
 pytest_plugins = ["pytester"]
 
@@ -79,7 +80,7 @@ def test_a_segment_that_nobody_has_mapped_is_found(watch):
 
 @on_linux
 def test_a_semaphore_is_found_and_removed(watch):
-    semaphore = posix_ipc.Semaphore("/" + unique("semaphore"), posix_ipc.O_CREX)
+    semaphore = posix.Semaphore("/" + unique("semaphore"), posix.O_CREX)
     path = SHARED / f"sem.{unique('semaphore')}"
     assert watch.left(0) == [f"semaphore {path}"]
     watch.clean()

@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_name("wallclock.c")
 BEGIN = """
 import mmap, os, signal, sys, threading, time
 
-import posix_ipc
+from strictflow_mp.system import posix
 
 from strictflow_mp import GateTimeout, StrictFlow, TaskTimeout, read, write
 from strictflow_mp.flow import options
@@ -114,13 +114,13 @@ def test_the_clock_steps_in_all_processes_and_for_whoever_sleeps_by_it(run):
             assert there().result()[0] < wall > time.time()
             assert steady <= there().result()[1] <= time.monotonic() < steady + 3600
 
-        semaphore = posix_ipc.Semaphore(None, posix_ipc.O_CREX)
+        semaphore = posix.Semaphore(None, posix.O_CREX)
         semaphore.unlink()
         sleeper = Thread(lambda: semaphore.acquire(3600))
         while sleeper.is_alive():
             step(2)
             time.sleep(0.001)
-        assert sleeper.outcome() is posix_ipc.BusyError
+        assert sleeper.outcome() is posix.BusyError
         for _ in range(100):  # until it slept already when the clock was set
             sleeper = Thread(lambda: semaphore.acquire(0.05))
             step(-2)
