@@ -9,7 +9,6 @@ from __future__ import annotations
 import _multiprocessing
 import _posixshmem
 import os
-import secrets
 
 __all__ = [
     "O_CREX",
@@ -63,7 +62,7 @@ class Semaphore:
 
     def __init__(self, name: str | None, flags: int = 0, mode: int = 0o600, initial_value: int = 0) -> None:
         assert mode == 0o600, "SemLock makes no others"
-        self.name = name or f"/{secrets.token_hex(8)}"
+        self.name = name or f"/{os.urandom(8).hex()}"
         # None when it is closed. A thread that waits keeps it until it has waited: it is closed when nobody uses it.
         self._lock: _multiprocessing.SemLock | None
         try:

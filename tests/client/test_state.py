@@ -186,7 +186,8 @@ def test_what_is_kept_of_values_that_were_read_is_bounded_and_always_the_latest(
     with StrictFlow(
         state={key: bytes(1000) for key in range(30)} | {"large": bytes(20_000)}, cache_bytes=10_000
     ) as flow:
-        assert flow.state[0] == bytes(1000)
+        for _ in range(2):  # a state that is one thread's is bound by the second read
+            assert flow.state[0] == bytes(1000)
         *_, cache, _, _ = flow.state._bound
 
         def kept():

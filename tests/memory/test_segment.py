@@ -343,7 +343,6 @@ def test_when_shared_memory_is_full_a_claim_says_so_and_what_was_claimed_can_be_
         import os, re
         from strictflow_mp.errors import StateFull
         from strictflow_mp.system.identity import Identity
-from strictflow_mp.system.machine import FREE_THREADED
         from strictflow_mp.memory.segment import PAGE_BYTES, Segment
 
         segment = Segment.create("full", "a flow", capacity=1 << 26, slots=4, identity=Identity(1, 1, 0, 0))
@@ -372,7 +371,6 @@ def test_a_segment_that_finds_no_room_for_its_control_words_leaves_nothing(run_i
         import os
         from strictflow_mp.errors import StateFull
         from strictflow_mp.system.identity import Identity
-from strictflow_mp.system.machine import FREE_THREADED
         from strictflow_mp.memory.segment import Segment
 
         with open("/dev/shm/filler", "wb") as filler:
@@ -389,7 +387,6 @@ def test_a_segment_that_is_too_large_to_be_mapped_leaves_nothing(run_python):
     done = run_python("""
         import os, resource
         from strictflow_mp.system.identity import Identity
-from strictflow_mp.system.machine import FREE_THREADED
         from strictflow_mp.memory.segment import Segment
 
         resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
@@ -436,7 +433,6 @@ def test_a_process_that_opened_a_segment_does_not_remove_it_when_it_ends(segment
         import os, sys
         from multiprocessing import resource_tracker
         from strictflow_mp.system.identity import Identity
-from strictflow_mp.system.machine import FREE_THREADED
         from strictflow_mp.memory.segment import Segment
 
         resource_tracker.ensure_running()
@@ -455,10 +451,9 @@ def test_a_process_that_has_no_memory_to_map_a_segment_does_not_remove_it(new_se
         """
         import resource, sys
         from strictflow_mp.system.identity import Identity
-from strictflow_mp.system.machine import FREE_THREADED
         from strictflow_mp.memory.segment import Segment
 
-        resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
         try:
             Segment.open(sys.argv[1])
         except OSError as error:
