@@ -29,28 +29,17 @@ KEEPS_EXCEPTIONS = FREE_THREADED
 """Whether what a signal handler raises comes out of `Semaphore.acquire`; posix_ipc drops it."""
 
 if TYPE_CHECKING or FREE_THREADED:
-    from .semlock import (
-        O_CREX,
-        BusyError,
-        Error,
-        ExistentialError,
-        PermissionsError,
-        Semaphore,
-        SharedMemory,
-        SignalError,
-        unlink_semaphore,
-        unlink_shared_memory,
-    )
+    from . import semlock as _provider
 else:
-    from posix_ipc import (
-        O_CREX,
-        BusyError,
-        Error,
-        ExistentialError,
-        PermissionsError,
-        Semaphore,
-        SharedMemory,
-        SignalError,
-        unlink_semaphore,
-        unlink_shared_memory,
-    )
+    import posix_ipc as _provider
+
+O_CREX = _provider.O_CREX
+Error = _provider.Error
+BusyError = _provider.BusyError
+ExistentialError = _provider.ExistentialError
+PermissionsError = _provider.PermissionsError
+SignalError = _provider.SignalError
+Semaphore = _provider.Semaphore
+SharedMemory = _provider.SharedMemory
+unlink_semaphore = _provider.unlink_semaphore
+unlink_shared_memory = _provider.unlink_shared_memory

@@ -10,18 +10,8 @@ import _multiprocessing
 import _posixshmem
 import os
 
-__all__ = [
-    "O_CREX",
-    "BusyError",
-    "Error",
-    "ExistentialError",
-    "PermissionsError",
-    "Semaphore",
-    "SharedMemory",
-    "SignalError",
-    "unlink_semaphore",
-    "unlink_shared_memory",
-]
+__all__ = ["O_CREX", "BusyError", "Error", "ExistentialError", "PermissionsError", "Semaphore"]
+__all__ += ["SharedMemory", "SignalError", "unlink_semaphore", "unlink_shared_memory"]
 
 O_CREX = os.O_CREAT | os.O_EXCL
 
