@@ -62,10 +62,10 @@ class Port:
         else:
             wait(attachment, future, timeout)
 
-    def serve(self) -> None:
+    def serve(self, *, is_to_sleep: bool = False) -> None:
         """From now on answers arrive without anybody waiting."""
         self._check_process()
-        serve(self._attachment)
+        serve(self._attachment, is_to_sleep=is_to_sleep)
 
     def cancel(self, future: TaskFuture[Any], *, wait: bool) -> bool:
         """Ask for the task to be taken back; whether it was (if *wait*)."""
@@ -166,21 +166,31 @@ def wait_for_room(attachment: Attachment) -> None:
         wait(attachment, oldest, None)
 
 
-def serve(attachment: Attachment) -> None:
-    """Read answers in the background from now on."""
+def serve(attachment: Attachment, *, is_to_sleep: bool = False) -> None:
+    """Read answers in the background from now on.
+
+    Args:
+        is_to_sleep: the calling thread sleeps next, in a way that does not read. If it has the turn it is in a
+            callback: then another thread reads on, and the turn is that one's.
+    """
     with attachment.starting_server:
-        if attachment.server is not None or attachment.is_lost:
+        is_handed_over = is_to_sleep and attachment.reading.is_mine()
+        if (attachment.server is not None and not is_handed_over) or attachment.is_lost:
             return
+        former = attachment.server
         attachment.server = threading.Thread(target=_serve, args=(attachment,), name="strictflow-answers", daemon=True)
         try:
             attachment.server.start()
         except BaseException:  # out of threads: whoever waits reads, as before
-            attachment.server = None
+            attachment.server = former
             raise
+        if is_handed_over:
+            attachment.reading.leave()
 
 
 def _serve(attachment: Attachment) -> None:
-    while not attachment.is_lost:
+    me = threading.current_thread()
+    while not attachment.is_lost and attachment.server is me:
         if not attachment.reading.take():
             time.sleep(TAKE_OVER_SECONDS)  # the thread that reads now sees soon that there is no need any more
             attachment.reading.revoke()

@@ -111,9 +111,13 @@ class Client:
         attachment = self._attachment
         if attachment is not None and not attachment.is_lost:
             return attachment
-        began = time.monotonic()
-        if not self._attaching.acquire(timeout=-1 if patience is None else patience):
-            raise FlowNotRunning(f"another thread of this process still attaches, after {patience:g} s", flow=self.name)
+        waited = 0.0  # for another thread, which may have waited for the same one in vain
+        if not self._attaching.acquire(blocking=False):
+            began = time.monotonic()
+            if not self._attaching.acquire(timeout=-1 if patience is None else patience):
+                text = f"another thread of this process still attaches, after {patience:g} s"
+                raise FlowNotRunning(text, flow=self.name)
+            waited = time.monotonic() - began
         try:
             attachment = self._attachment
             if attachment is not None and not attachment.is_lost:
@@ -122,8 +126,9 @@ class Client:
             opened: list[socket.socket] = []
             welcome = made = None
             try:
-                left = LET_IN_SECONDS if patience is None else max(0.0, began + patience - time.monotonic())
-                stream, welcome = reach(self.name, 0.0 if self.is_stopped else timeout, opened, left, place)
+                left = LET_IN_SECONDS if patience is None else max(0.0, patience - waited)
+                until = 0.0 if self.is_stopped else max(0.0, timeout - waited)
+                stream, welcome = reach(self.name, until, opened, left, place, waited)
                 made = Attachment(self.name, place, stream, welcome, Port, reading_turn(), self._unbind_from)
                 self.is_stopped = False
                 self._place, self._user = place, os.getuid()

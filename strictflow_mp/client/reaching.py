@@ -70,6 +70,7 @@ def reach(
     opened: list[socket.socket],
     patience: float = LET_IN_SECONDS,
     place: Place | None = None,
+    waited: float = 0.0,
 ) -> tuple[Stream, dict[str, Any]]:
     """Connect to a flow's coordinator; return the connection and its welcome.
 
@@ -81,6 +82,7 @@ def reach(
         patience: seconds that all may take, when somebody is there all the time but lets nobody in; longer only
             while a takeover goes on.
         place: where the flow is, if that is known already.
+        waited: seconds that the caller has waited before, to be told with ours.
 
     Raises:
         FlowNotRunning: none appeared in time, or the one that is there runs a P1 task all the time.
@@ -88,9 +90,10 @@ def reach(
         OSError: this process is out of descriptors.
     """
     place = place or Place.of(name)
-    began = now = time.monotonic()
-    latest = began + max(patience, timeout)
-    deadline = min(began + timeout, latest)
+    now = time.monotonic()
+    began = now - waited
+    latest = now + max(patience, timeout)
+    deadline = min(now + timeout, latest)
     pauses = Pauses()
     sign = 0  # of a takeover, when it was last looked for
     while True:

@@ -67,10 +67,14 @@ class Turn:
 
     def is_nested(self) -> bool:
         """Whether the calling function, one of *inside*, was called in the middle of another one that has the turn."""
-        if self._thread() != threading.get_ident():
+        if not self.is_mine():
             return False
         # Unless an exception has thrown that out: then the caller has the turn for itself.
         return self._is_inside(sys._getframe(1).f_back)
+
+    def is_mine(self) -> bool:
+        """Whether the calling thread has it."""
+        return self._thread() == threading.get_ident()
 
     def leave(self) -> None:
         """Give it back, if the calling thread has it."""

@@ -320,7 +320,7 @@ class Inside:
                 flow=self.name,
             )
 
-    def serve(self) -> None:
+    def serve(self, *, is_to_sleep: bool = False) -> None:
         """Nothing to do: SF-LOOP itself settles these futures."""
 
     def cancel(self, future: TaskFuture[Any], *, wait: bool) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..core import READ_PRIORITY, WRITE_PRIORITY
@@ -386,8 +387,7 @@ def _check_changes(changes: tuple[Any, ...]) -> None:
             if payload is not None:
                 if type(payload) is not bytes:
                     raise TypeError("a value is not packed")
-                check(payload)
-    except SerializationError:
-        pass  # sound, but of a type that is not known in this process
+                with suppress(SerializationError):  # sound, but of a type that is not known in this process
+                    check(payload)
     except Exception as error:
         raise ProtocolError(f"a put's changes are damaged ({type(error).__name__}: {error!s:.200})") from error

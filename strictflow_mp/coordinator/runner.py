@@ -33,7 +33,7 @@ from .calls import Call, Function, pack_result
 from .counters import Counters
 from .operations import OPERATIONS
 from .scheduler import CANCELLED
-from .stepper import run_alone, within_time
+from .stepper import let_go, run_alone, within_time
 from .timelimit import TimeLimit
 from .transaction import Transaction
 
@@ -294,8 +294,7 @@ class Runner:
             if self.is_leaving and task.cancelled():
                 pass
             elif is_answered:
-                if not task.cancelled():
-                    task.exception()  # or asyncio would say that nobody has asked
+                let_go(task)
                 self._count_read(call)
             else:
                 self._take_outcome(call, function, task)
@@ -309,6 +308,7 @@ class Runner:
 
     def _take_outcome(self, call: Call, function: Function, task: asyncio.Task[Any]) -> None:
         if task.cancelled():
+            let_go(task)
             self.fail(call, StrictFlowError(f"{function.name}() was cancelled", flow=self.name))
             call.answer = frames.pack_frame(frames.CANCELLED, call.seq)
             return

@@ -13,12 +13,12 @@ import asyncio
 from typing import TYPE_CHECKING, Any
 
 from ..core import logger
-from ..wire.failures import words_of
+from ..wire.failures import let_go_of_frames, words_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Coroutine
 
-__all__ = ["Stepper", "run_alone", "within_time"]
+__all__ = ["Stepper", "let_go", "run_alone", "within_time"]
 
 CLEAN_UP_SECONDS = 1.0
 """Seconds that a cancelled task may take to clean up before nobody waits for it any more."""
@@ -86,15 +86,25 @@ class Stepper:
 def run_alone(awaitable: Awaitable[Any]) -> Any:
     """Run a P1 coroutine to its end on a loop of its own, while the async P2 tasks stand still."""
 
-    async def alone() -> Any:
-        return await awaitable
+    async def alone() -> tuple[Any, BaseException | None]:
+        # asyncio looks what its loop's own task has raised, with `isinstance`; that may raise, and it would not stop.
+        try:
+            return await awaitable, None
+        except BaseException as error:
+            return None, error
 
     loop = asyncio.new_event_loop()
     loop.set_exception_handler(_log)
     try:
-        return loop.run_until_complete(alone())
+        result, error = loop.run_until_complete(alone())
     finally:
         _close(loop)
+    if error is not None:
+        try:
+            raise error
+        finally:
+            del error  # its traceback has this frame
+    return result
 
 
 async def within_time(awaitable: Awaitable[Any], timeout: float | None, late: Callable[[], None]) -> tuple[bool, Any]:
@@ -132,8 +142,16 @@ async def _end(tasks: set[asyncio.Task[Any]]) -> None:
             _abandoned.add(task)
             task.add_done_callback(_abandoned.discard)
             task._log_destroy_pending = False  # type: ignore[attr-defined]  # it has just been said
-        elif not task.cancelled():
-            task.exception()  # or asyncio would say that nobody has asked
+        else:
+            let_go(task)
+
+
+def let_go(task: asyncio.Task[Any]) -> None:
+    """Nobody asks how a task has ended: neither may asyncio say so, nor may it keep what it had."""
+    try:
+        task.result()
+    except BaseException as error:
+        let_go_of_frames(error)  # the loop's are among them, which hold the task
 
 
 _abandoned: set[asyncio.Task[Any]] = set()

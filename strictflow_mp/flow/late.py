@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from contextlib import suppress
 from importlib import import_module
 
 from ..system import forks
+from ..values import arrays
 
 __all__ = ["LATE", "OPTIONAL", "OURS"]
 
@@ -61,11 +63,32 @@ OPTIONAL = ("numpy",)
 def _before_fork() -> None:
     if not forks.is_watched():
         return
-    begun = [name for name in OPTIONAL if name in sys.modules]
     ours = [f"{PACKAGE}.{name}" for name in OURS]
-    for name in (*LATE, *ours, *begun):
+    for name in (*LATE, *ours):
         with suppress(Exception):  # whoever needs it is told
             import_module(name)
+    # NumPy's may begin at any moment; ours are waited for here, and none begins before the fork is over.
+    arrays.importing.acquire()
+    _holders.append(threading.get_ident())
+    for name in OPTIONAL:  # the user's
+        if name in sys.modules:
+            with suppress(Exception):
+                import_module(name)
 
 
-os.register_at_fork(before=_before_fork)
+def _after_fork_in_parent() -> None:
+    me = threading.get_ident()
+    if me in _holders:
+        _holders.remove(me)
+        arrays.importing.release()
+
+
+def _after_fork_in_child() -> None:
+    _holders.clear()
+    arrays.importing = threading.RLock()
+
+
+_holders: list[int] = []
+"""The threads that fork, and hold the import of NumPy up meanwhile."""
+
+os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)

@@ -119,7 +119,10 @@ class Task(Generic[P, R]):
                 snapshot.close()
         if type(result) is CoroutineType:  # a decorator, or the like, has hidden that it is async
             return self._run_here_async(snapshot, lambda: result)
-        return future
+        try:
+            return future
+        finally:
+            del future  # what was raised holds this frame: the two would hold each other, and all that the task had
 
     def _body(self, snapshot: Any, args: Any, kwargs: Any) -> Any:
         function: Callable[..., Any] = self.__strictflow_function__
@@ -140,7 +143,7 @@ class Task(Generic[P, R]):
             running = None
         future: TaskFuture[R] = TaskFuture(_Here(self.flow.name, running), 0, self.name)
 
-        async def run() -> None:
+        async def run(future: TaskFuture[R]) -> None:
             priority.set(READ_PRIORITY)
             try:
                 async with snapshot:
@@ -151,11 +154,13 @@ class Task(Generic[P, R]):
                 raise
             except Exception as error:
                 future.settle(error=error)
+            finally:
+                del future  # as in `_run_here`
 
         if running is None:
-            asyncio.run(run())
+            asyncio.run(run(future))
         else:
-            future.runner = running.create_task(run())
+            future.runner = running.create_task(run(future))
         return future
 
     def __strictflow_adopt__(self, loop: inside.Loop) -> None:
@@ -239,7 +244,7 @@ class _Here:
         if timeout is None or timeout > 0:
             future.wait_here(HERE_SECONDS if timeout is None else timeout)
 
-    def serve(self) -> None:
+    def serve(self, *, is_to_sleep: bool = False) -> None:
         """Nothing to do: the task itself settles its future."""
 
     def cancel(self, future: TaskFuture[Any], *, wait: bool) -> bool:

@@ -28,6 +28,7 @@ import math
 import re
 import struct
 import sys
+import threading
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any
 
@@ -63,9 +64,14 @@ Parts = list[tuple[int, memoryview]]
 _SIMPLE = re.compile(r"[<>|][biufcSUVMm]\d+(\[\d*[a-zA-Z]+\])?")
 
 
+importing = threading.RLock()
+"""Held while NumPy is imported here, and over a fork: a child would wait for ever for what another thread imports."""
+
+
 def _numpy() -> Any:
     try:
-        import numpy
+        with importing:
+            import numpy
     except ImportError as error:
         raise SerializationError(
             "the value holds a NumPy array, and NumPy cannot be imported here: "

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 __all__ = ["pack_key", "packed_key", "plain_key", "unpack_key"]
 
+MAX_KEY_BYTES = (1 << 20) - 1
+"""Of a packed key: its length has the 20 bits of a cell's word of lengths that the payload's leaves (`store.trie`)."""
+
 _FIXSTR = [bytes([0xA0 | size]) for size in range(32)]
 """The byte with which msgpack begins a str of that many bytes."""
 
@@ -29,16 +32,21 @@ def pack_key(key: Any) -> bytes:
     """A key of the state as bytes; equal keys give equal bytes, so True is 1.
 
     Raises:
-        SerializationError: *key* is not, and does not equal, a str, bytes, int, or a tuple of these.
+        SerializationError: *key* is not, and does not equal, a str, bytes, int, or a tuple of these; or it is too long.
     """
     if type(key) is str:
         text = key.encode("utf-8", "surrogatepass")
         if len(text) < 32:  # what `pack` gives, in half the time
             return _FIXSTR[len(text)] + text
     try:
-        return pack(plain_key(key))
+        packed = pack(plain_key(key))
     except (SerializationError, RecursionError):
         raise _refused(key) from None
+    if len(packed) > MAX_KEY_BYTES:
+        raise SerializationError(
+            f"a key of {len(packed):,} bytes, packed: one may have {MAX_KEY_BYTES:,}; let the value hold what is long"
+        )
+    return packed
 
 
 def plain_key(key: Any) -> Any:

@@ -12,6 +12,7 @@ under the mark of its task (`memory.suspect`): the next coordinator does not run
 from __future__ import annotations
 
 import pickle
+import signal
 import traceback
 from typing import Any
 
@@ -36,6 +37,11 @@ _slots: Any = BaseException.__dict__
 _set_traceback, _traceback_from = _slots["__traceback__"].__set__, _slots["__traceback__"].__get__
 _set_cause, _cause_of = _slots["__cause__"].__set__, _slots["__cause__"].__get__
 _context_of = _slots["__context__"].__get__
+
+
+def _is_a(thing: object, kind: type) -> bool:
+    """As `isinstance`, by the type alone: that asks for ``__class__`` too, which may raise, or say what is not so."""
+    return issubclass(type(thing), kind)
 
 
 class RemoteTraceback(Exception):
@@ -81,25 +87,25 @@ def pack_failure(error: BaseException, flow: str | None = None) -> tuple[str, by
     Args:
         flow: named in errors of ours that do not name one yet.
     """
-    if flow is not None and isinstance(error, StrictFlowError):
+    if flow is not None and _is_a(error, StrictFlowError):
         try:
-            error.of(flow)
+            error.of(flow)  # type: ignore[attr-defined]
         except BaseException:
             pass  # a class of the user's that refuses
     # SystemExit and its like must not end the process that asks for the result.
-    blob = _pickled(error) if isinstance(error, Exception) else b""
+    blob = _pickled(error) if _is_a(error, Exception) else b""
     if not blob:
         blob = pickle.dumps(TaskFailed(f"the task failed with what cannot be carried over: {words_of(error)}"))
     return _cut(_traceback_of(error), min(TEXT_CHARS, frames.MAX_BODY_BYTES // 8)), blob
 
 
-def _pickled(error: Exception) -> bytes:
+def _pickled(error: BaseException) -> bytes:
     """Empty when it does not survive it."""
     try:
         import cloudpickle  # 8 ms that a process without failures does not need
 
         blob: bytes = cloudpickle.dumps(error)
-        survives = len(blob) <= min(PICKLE_BYTES, frames.MAX_BODY_BYTES // 2) and isinstance(
+        survives = len(blob) <= min(PICKLE_BYTES, frames.MAX_BODY_BYTES // 2) and _is_a(
             pickle.loads(blob), BaseException
         )
     except BaseException:
@@ -141,16 +147,31 @@ def _cut(text: str, chars: int) -> str:
 
 def unpack_failure(text: str, blob: bytes, *, flow: str) -> BaseException:
     """The exception to raise for what `pack_failure` made."""
-    error: BaseException | None = None
+    error: Any = None
+    last = text.strip().rpartition("\n")[2] or "no text"
     try:
         error = pickle.loads(blob)
-    except Exception as trouble:
+    except (Exception, SystemExit) as trouble:
+        if _is_a(trouble, SystemExit) and _comes_from_a_signal(trouble):
+            raise
         text += f"\n(and it could not be rebuilt here: {words_of(trouble)})"
-    if not isinstance(error, BaseException):
-        last = text.strip().splitlines()[-1] if text.strip() else "no text"
+    if not _is_a(error, BaseException):
         error = TaskFailed(f"the task failed with what cannot be carried over: {last}", flow=flow)
-    if isinstance(error, TaskFailed) and error.flow is None:
+    if type(error) is TaskFailed and error.flow is None:
         error.flow = flow
     # Past a `__setattr__` that refuses: a frozen dataclass may be an exception too.
     _set_cause(error, RemoteTraceback(text))
-    return error
+    exception: BaseException = error
+    return exception
+
+
+def _comes_from_a_signal(error: BaseException) -> bool:
+    """Whether a signal handler of the user's has raised it: then it is for the user, whatever it came into."""
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    codes = {getattr(getattr(handler, "__func__", handler), "__code__", None) for handler in handlers}
+    step = _traceback_from(error)
+    while step is not None:
+        if step.tb_frame.f_code in codes:
+            return True
+        step = step.tb_next
+    return False

@@ -35,8 +35,12 @@ class AnswerSource(Protocol):
     def wait(self, future: TaskFuture[Any], timeout: float | None) -> None:
         """Read answers until the future is done, or *timeout* seconds have passed."""
 
-    def serve(self) -> None:
-        """From now on answers arrive without anybody waiting."""
+    def serve(self, *, is_to_sleep: bool = False) -> None:
+        """From now on answers arrive without anybody waiting.
+
+        Args:
+            is_to_sleep: the calling thread is about to sleep, and not in `wait`; it may be in a callback.
+        """
 
     def cancel(self, future: TaskFuture[Any], *, wait: bool) -> bool:
         """Ask for the task to be taken back; whether it was (if *wait*)."""
@@ -95,7 +99,7 @@ class TaskFuture(Future[T]):
 
     def _heard_waiters(self) -> list[Any]:
         if not self.done_now():
-            self._port.serve()
+            self._port.serve(is_to_sleep=True)
         return self._listeners
 
     # Annotated as in the base class: to a type checker as_completed() takes nothing else.
@@ -203,7 +207,7 @@ class TaskFuture(Future[T]):
                 # In the main thread a signal handler may have raised: SystemExit and its like are its user's, and pass.
                 # In another there is nobody whom they could reach, and the thread that reads answers must go on.
                 is_users = self._signals_are_users and threading.current_thread() is threading.main_thread()
-                if is_users and not isinstance(error, Exception):
+                if is_users and not issubclass(type(error), Exception):
                     raise
                 logger = logging.getLogger("concurrent.futures")
                 logger.error("a callback of %r failed with %s", self, words_of(error), exc_info=printable(error))
@@ -220,25 +224,51 @@ class TaskFuture(Future[T]):
     # A coroutine to asyncio, so that `create_task(task())` and `asyncio.run(task())` work, and `asyncio.wait({task()})`
     # is refused at once, with what to write, where it would wait for ever: these three make it one (PEP 492).
 
-    _awaited: Generator[Any, None, T] | None = None
+    # By the task of asyncio that drives it: several may, one after the other or at a time, and each gets the answer.
+    _awaited: dict[Any, Generator[Any, None, T]] | None = None
 
-    def _steps(self) -> Generator[Any, None, T]:
-        if self._awaited is None:
-            self._awaited = self.__await__()
-        return self._awaited
+    def _step(self, go_on: Callable[[Generator[Any, None, T]], Any], error: Any = None) -> Any:
+        import asyncio  # loaded already
+
+        try:
+            driver = asyncio.current_task()
+        except RuntimeError:
+            driver = None  # another library's loop
+        awaited = self.__dict__.setdefault("_awaited", {})
+        steps = awaited.get(driver)
+        if steps is None:
+            if error is not None and not self.done_now():
+                self._port.cancel(self, wait=False)  # it was cancelled before its first step
+            steps = awaited[driver] = self.__await__()
+        try:
+            return go_on(steps)
+        except BaseException:
+            awaited.pop(driver, None)  # it has ended
+            raise
+        finally:
+            del self, steps  # as in `result`
 
     def send(self, value: Any) -> Any:
         """For the event loop: go on."""
-        return self._steps().send(value)
+        try:
+            return self._step(lambda steps: steps.send(value))
+        finally:
+            del self
 
     def throw(self, *error: Any) -> Any:
         """For the event loop: go on with an exception."""
-        return self._steps().throw(*error)
+        try:
+            return self._step(lambda steps: steps.throw(*error), error)
+        finally:
+            del self
 
     def close(self) -> None:
         """For the event loop: nobody awaits this any more. The task goes on."""
-        if self._awaited is not None:
-            self._awaited.close()
+        for steps in list((self._awaited or {}).values()):
+            try:
+                steps.close()
+            except ValueError:
+                pass  # another thread drives it just now
 
     def __await__(self) -> Generator[Any, None, T]:
         import asyncio  # it takes 16 ms; here it is loaded already, for somebody awaits us
@@ -257,6 +287,7 @@ class TaskFuture(Future[T]):
                 except RuntimeError:
                     pass  # the loop was closed; nobody waits any more
 
+            self._port.serve(is_to_sleep=True)
             self.add_done_callback(tell)
             try:
                 yield from arrived
@@ -267,6 +298,8 @@ class TaskFuture(Future[T]):
             return self.result(0)
         except concurrent.futures.CancelledError:
             raise asyncio.CancelledError from None
+        finally:
+            del self  # as in `result`
 
     # For the port
 

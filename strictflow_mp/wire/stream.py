@@ -15,6 +15,7 @@ import msgpack
 
 from ..errors import ProtocolError
 from ..system.spin import look_for
+from ..system.unbroken import unbroken
 from ..values.codec import FAULTS
 from .frames import MAX_FIELDS, MAX_FRAME_BYTES
 
@@ -49,8 +50,6 @@ class Stream:
             max_map_len=MAX_FIELDS,
             unicode_errors="surrogatepass",
         )
-        self._poll = select.poll()
-        self._poll.register(sock.fileno(), select.POLLIN)
         # Whole frames that `fill` has read, in their order. Each is taken out when it has been dealt with, not before:
         # a signal handler may raise in between.
         self.inbox: deque[Frame] = deque()
@@ -99,7 +98,10 @@ class Stream:
         Raises:
             ValueError, OSError: another thread has closed this end.
         """
-        look = self._poll.poll  # no `recv`, which would take from the kernel what a signal handler could lose
+        # One of this call's own: a signal handler may wait in the middle of it, and a poll object is not entered twice.
+        poll = select.poll()
+        poll.register(self.socket.fileno(), select.POLLIN)
+        look = poll.poll  # no `recv`, which would take from the kernel what a signal handler could lose
         if look(0):
             return True
         if seconds <= 0:
@@ -120,10 +122,10 @@ class Stream:
         view = self._view
         # How much came. A dict, because that can be written in the same C call; empty: nothing.
         count: dict[str, int] = {}
-        # The maps only take their arguments here. `next` runs them all: receive, note how much, cut, feed.
+        # The maps only take their arguments here. `unbroken` runs them all: receive, note how much, cut, feed.
         noted = map(count.setdefault, ("bytes",), map(self.socket.recv_into, (view,)))
         try:
-            next(map(self._unpacker.feed, map(view.__getitem__, map(slice, noted))))
+            unbroken(map(self._unpacker.feed, map(view.__getitem__, map(slice, noted))))
         except BlockingIOError:
             return True
         except (ConnectionResetError, BrokenPipeError):
@@ -165,7 +167,7 @@ class Stream:
         outbox = self.outbox
         try:
             while outbox:
-                next(map(outbox.__delitem__, map(slice, map(self.socket.send, (outbox,), (socket.MSG_NOSIGNAL,)))))
+                unbroken(map(outbox.__delitem__, map(slice, map(self.socket.send, (outbox,), (socket.MSG_NOSIGNAL,)))))
         except BlockingIOError:
             return False
         except (BrokenPipeError, ConnectionResetError):

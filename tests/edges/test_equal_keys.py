@@ -160,3 +160,35 @@ def test_keys_of_numpy():
         assert flow.state[numpy.str_("red")] == "r"
         assert flow.state[1] == "one"
         assert flow.state[numpy.int64(1)] == "one"
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["k" * (1 << 20), b"k" * (1 << 20), 1 << (1 << 23), ("a", "k" * (1 << 20))],
+    ids=["str", "bytes", "int", "tuple"],
+)
+def test_a_key_that_is_too_long_is_refused_wherever_it_is_named(key):
+    with StrictFlow(state={"n": 0}) as flow:
+
+        @write(flow)
+        def task():
+            flow.state["n"] = 7
+            flow.state[key] = 1
+
+        for use in (
+            lambda: flow.update({key: 1, "n": 5}),
+            lambda: flow.put(key, 1),
+            lambda: flow.state.setdefault(key, 3),
+            lambda: flow.state[key],
+            lambda: flow.snapshot()[key],
+            lambda: flow.peek(key),
+            lambda: flow.watch(key),
+            lambda: task().result(60),
+            lambda: StrictFlow(state={key: 1}).start_loop(),
+        ):
+            with pytest.raises(SerializationError, match="a key of 1,0"):
+                use()
+        assert dict(flow.state) == {"n": 0}
+        longest = "k" * ((1 << 20) - 1 - 5)
+        flow.put(longest, 1).result(30)
+        assert flow.state[longest] == 1

@@ -9,10 +9,11 @@ import gc
 import os
 import sys
 import weakref
+from concurrent.futures import CancelledError
 
 import pytest
 
-from strictflow_mp import StrictFlow, StrictFlowError, TaskCrashed, TaskFailed, read, write
+from strictflow_mp import StrictFlow, StrictFlowError, TaskCrashed, TaskFailed, TaskTimeout, read, write
 from strictflow_mp.wire.failures import type_of, words_of
 
 
@@ -74,6 +75,21 @@ class FrozenWithSlots(Exception):
     limit: int
 
 
+class WithoutClass(Exception):
+    """`isinstance` asks for it."""
+
+    @property
+    def __class__(self):
+        raise ValueError("of no class")
+
+
+class Forwards(Exception):
+    """As proxies do."""
+
+    def __getattribute__(self, name):
+        raise KeyError(name)
+
+
 class DiesWhenPickled(Exception):
     def __reduce__(self):
         os._exit(9)
@@ -100,6 +116,8 @@ KINDS = {
     "one that interrupts when it is pickled": (lambda: InterruptsWhenPickled("m"), "InterruptsWhenPickled: m"),
     "one that equals nothing": (lambda: EqualToNothing("m"), "m"),
     "one whose class has no name": (NamedByAnother, ""),
+    "one that says no class": (lambda: WithoutClass("m"), "WithoutClass: m"),
+    "one that forwards all": (lambda: Forwards("m"), "Forwards: m"),
     "one that takes no attributes": (lambda: Uncarried("m"), "m"),
     "a frozen one with slots": (lambda: FrozenWithSlots(3), ""),
     "one at the end of a long chain": (long_chain, "29999"),
@@ -345,3 +363,63 @@ def test_what_a_failed_task_held_is_gone_at_once(flow, kind, chained):
     assert isinstance(task().exception(30), ValueError)
     assert is_gone().result(30)
     collect(True).result(30)
+
+
+class Big:
+    """What a task has, and how many of them there are."""
+
+    alive = 0
+
+    def __init__(self):
+        type(self).alive += 1
+
+    def __del__(self):
+        type(self).alive -= 1
+
+
+def test_what_a_failed_read_in_this_process_had_is_gone_with_its_future(flow):
+    @read(flow, where="worker")
+    def here():
+        big = Big()
+        raise ValueError(big is None)
+
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            assert isinstance(here().exception(), ValueError)
+            assert Big.alive == 0
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+@pytest.mark.parametrize("end", ["its time is over", "it is cancelled"])
+def test_what_an_async_p2_had_is_gone_when_it_is_ended(flow, end):
+    @read(flow, timeout=0.05 if end == "its time is over" else None)
+    async def sleep():
+        big = type("Big", (), {})()
+        builtins.seen = weakref.ref(big)
+        builtins.begun = 1
+        await asyncio.sleep(60)
+
+    @read(flow)
+    async def has_begun():
+        gc.disable()
+        await asyncio.sleep(0)
+        return getattr(builtins, "begun", 0)
+
+    @read(flow)
+    async def is_gone():
+        await asyncio.sleep(0)
+        return getattr(builtins, "seen", lambda: 1)() is None
+
+    future = sleep()
+    while not has_begun().result(30):
+        pass
+    if end == "it is cancelled":
+        future.cancel()
+    with pytest.raises((TaskTimeout, CancelledError)):
+        future.result(30)
+    while not is_gone().result(30):
+        pass

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import strictflow_mp
@@ -626,3 +627,27 @@ def test_threads_that_fork_at_a_time_leave_one_watcher_of_the_coordinator(flow):
     watcher.start()
     watcher.start()  # both have forked
     assert [thread.name for thread in threading.enumerate()].count("strictflow-owner") == 1
+
+
+def test_a_fork_beside_the_first_read_of_an_array_hangs_nobody(run_python):
+    """NumPy is imported when it is first needed, and that takes long: at each instant of it another thread forks."""
+    with StrictFlow("arrays-and-forks", state={"row": np.arange(5)}):
+        code = """
+            import faulthandler, os, sys, threading, time, warnings
+            warnings.simplefilter("ignore")
+            from strictflow_mp import StrictFlow
+            flow = StrictFlow("arrays-and-forks")
+            reader = threading.Thread(target=lambda: flow.state["row"])
+            reader.start()
+            time.sleep(float(sys.argv[1]))
+            pid = os.fork()
+            if pid == 0:
+                faulthandler.dump_traceback_later(30, exit=True)
+                assert flow.state["row"].tolist() == [0, 1, 2, 3, 4]
+                os._exit(0)
+            reader.join()
+            print(os.waitpid(pid, 0)[1])
+        """
+        for milliseconds in (1, 3, 10, 20, 30, 60):
+            done = run_python(code, milliseconds / 1000)
+            assert done.stdout == "0\n", done.stderr

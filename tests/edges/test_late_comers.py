@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -121,3 +122,25 @@ def test_the_error_of_one_who_was_refused_says_how_long_it_has_waited(clock, mon
     monkeypatch.setattr(reaching, "try_to_reach", refuse)
     with pytest.raises(TooManyWorkers, match=r"out of memory \(waited 3 s\)"):
         reach("late", 3, [])
+
+
+def test_threads_that_wait_for_the_same_coordinator_wait_at_the_same_time(monkeypatch):
+    """Each says how long it has waited, in all."""
+    patience, said = 1.0, []
+
+    def wait():
+        with pytest.raises(FlowNotRunning) as caught:
+            flow._client.attach(patience)
+        said.append(str(caught.value))
+
+    flow = StrictFlow("nobody-is-there")
+    threads = [threading.Thread(target=wait) for _ in range(8)]
+    began = time.monotonic()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert time.monotonic() - began < patience * len(threads) / 2
+    assert len(said) == len(threads)
+    waited = [float(text.split("(waited ")[1].split(" s)")[0]) for text in said]
+    assert min(waited) >= patience * 0.99
