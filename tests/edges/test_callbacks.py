@@ -284,12 +284,14 @@ def test_finalizers_that_submit_in_the_middle_of_anything_submit_once(run_python
                     add(next(numbers))
 
             def work():
-                for _ in range(6000):
-                    add(next(numbers))
+                for number in range(15_000):
+                    future = add(next(numbers))
                     Cycle()
+                    if number % 20 == 0:
+                        future.result()
 
             add(next(numbers)).result()
-            gc.set_threshold(7)
+            gc.set_threshold(20)
             threads = [threading.Thread(target=work) for _ in range(3)]
             for thread in threads:
                 thread.start()

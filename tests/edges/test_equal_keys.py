@@ -164,8 +164,8 @@ def test_keys_of_numpy():
 
 @pytest.mark.parametrize(
     "key",
-    ["k" * (1 << 20), b"k" * (1 << 20), 1 << (1 << 23), ("a", "k" * (1 << 20))],
-    ids=["str", "bytes", "int", "tuple"],
+    ["k" * (1 << 20), b"k" * (1 << 20), ("a", "k" * (1 << 20))],
+    ids=["str", "bytes", "tuple"],
 )
 def test_a_key_that_is_too_long_is_refused_wherever_it_is_named(key):
     with StrictFlow(state={"n": 0}) as flow:
