@@ -31,8 +31,11 @@ class Backing:
         self._fd = -1  # opened by the first claim; -1 in a process that only reads
         self._headroom: Headroom | None = None  # as the descriptor
 
-    def claim(self, start: int, end: int, flow: str) -> None:
+    def claim(self, start: int, end: int, flow: str, keys: int = 0) -> None:
         """Have the system give the bytes from *start* to *end*.
+
+        Args:
+            keys: how many the state has: the next coordinator needs memory of its own for each.
 
         Raises:
             StateFull: there is no room for them.
@@ -42,7 +45,7 @@ class Backing:
             from ..system.cgroup import Headroom  # the coordinator alone needs it
 
             self._headroom = Headroom()
-        limit = self._headroom.refuses(size)
+        limit = self._headroom.refuses(size, keys)
         if limit is not None:
             raise StateFull(
                 f"the container has no room for {size:,} bytes more: of its {limit.bytes:,} bytes of memory "

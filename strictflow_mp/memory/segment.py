@@ -333,12 +333,13 @@ class Segment:
                 "used up; delete keys, or start the flow with a larger capacity=",
                 flow=flow,
             )
+        keys = self.words[self.record(self.words[W_VERSION]) + R_COUNT]
         try:
-            self._backing.claim(start * WORD, end * WORD, flow)
+            self._backing.claim(start * WORD, end * WORD, flow, keys)
         except StateFull:
             # A whole step does not fit; what is needed may.
             end = min(_round_up((start + words) * WORD, PAGE_BYTES), self.size) // WORD
-            self._backing.claim(start * WORD, end * WORD, flow)
+            self._backing.claim(start * WORD, end * WORD, flow, keys)
         # Store-store: CLAIMED may not be seen before the memory is there. `Segment.claimed` needs no fence for it: it
         # bounds what is touched by what it has loaded, and the kernel looks for a page when that branch has been taken.
         publish_fence()

@@ -21,6 +21,8 @@ NO_LIMIT_BYTES = 1 << 60
 
 RESERVE_BYTES = 8 << 20
 """What is left to the processes themselves."""
+SURVEY_BYTES = 160
+"""And for each key: the next coordinator looks at all blocks of the tree before it serves, and needs 135 for each."""
 SHARE = 4
 """One part in so many of what is free is claimed before anybody looks again: a look costs some 100 us."""
 UNLIMITED_BYTES = 256 << 20
@@ -120,17 +122,22 @@ class Headroom:
         self._allowed = 0
         self._next_look = 0.0
 
-    def refuses(self, size: int) -> Limit | None:
-        """The limit that stands against *size* bytes more; None, and then they count as claimed."""
+    def refuses(self, size: int, keys: int = 0) -> Limit | None:
+        """The limit that stands against *size* bytes more; None, and then they count as claimed.
+
+        Args:
+            keys: how many the state has.
+        """
         now = time.monotonic()
+        reserve = RESERVE_BYTES + keys * SURVEY_BYTES
         if size > self._allowed or now >= self._next_look:
             limit = tightest()
             if limit is None:
                 self._allowed, self._next_look = max(size, UNLIMITED_BYTES), now + LOOK_SECONDS
-            elif size > limit.left - RESERVE_BYTES:
+            elif size > limit.left - reserve:
                 return limit
             else:
-                self._allowed = max(size, (limit.left - RESERVE_BYTES) // SHARE)
+                self._allowed = max(size, (limit.left - reserve) // SHARE)
                 self._next_look = now + LOOK_SECONDS
         self._allowed -= size
         return None
