@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import threading
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -321,7 +321,8 @@ def serve_command(
         if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup, and a script's `&`, leave them to us
             signal.signal(number, handler)
     flow.start_loop(recover=not discard, linger=LINGER_SECONDS)
-    click.echo(f"flow {name!r} is ready")
+    with suppress(OSError):  # a full disk, or nobody at the other end: no reason not to serve
+        click.echo(f"flow {name!r} is ready")
     tell("READY=1")
     while not ended.wait(0.2):
         if reloading.is_set():

@@ -29,6 +29,9 @@ from collections.abc import Callable
 from strictflow_mp import StrictFlow
 
 WRITERS = 2
+PAUSE_SECONDS = 0.001
+"""After each piece of work. Eight threads that never sleep would leave next to nothing of two cores to other processes:
+there a fresh interpreter takes 50 s (Linux 6.18, Python 3.13t), and so does the next coordinator."""
 NAME = f"threads-{os.getpid()}"
 
 
@@ -56,6 +59,7 @@ class Stress:
             try:
                 work(self, chance)
                 done += 1
+                time.sleep(PAUSE_SECONDS)
             except BaseException:
                 self.report(f"error in {what}: {traceback.format_exc()}")
                 time.sleep(0.1)
