@@ -100,9 +100,12 @@ def _why(task: Any, different: functions.DifferentCode, known: Mapping[str, tupl
     text = f"the code of {task.name}() is not what its coordinator has, or would load: "
     for name in different.modules:
         seen, there = look(name), known.get(name)
-        if seen is not None and (there is None or differs(seen, *there)):
+        if seen is not None and (not is_current(seen) if there is None else differs(seen, *there)):
             file = seen.file if there is None else there[0]
-            text += f"module {name!r} is {seen.file} here as this process has loaded it, and {file} there; "
+            if file == seen.file:
+                text += f"module {name!r} ({file}) has changed since it was loaded, or may have; "
+            else:
+                text += f"module {name!r} is {seen.file} here as this process has loaded it, and {file} there; "
             break
     return text + (
         f"and it cannot travel by value ({different.error}). After a deploy start this process anew, and let the "

@@ -8,7 +8,8 @@ By value means that the globals that the function uses are copied when it travel
 changes of them here do not reach the coordinator.
 
 A name may stand for other code in the other process: so with the function go the files of the modules that it leads to
-(`origins`), and it travels by value, with what it needs of them, when the other end is known to have others.
+(`origins`), and it travels by value, with what it needs of them, when the other end is known to have others. What a
+pickle names, of all that the function is made of (what a `partial` binds, say), counts as much.
 
 Invariant: a reference is only sent when it leads back, in this process, to the very object that is sent.
 """
@@ -53,19 +54,26 @@ def encode(target: Any, known: Mapping[str, tuple[str, bytes]] | None = None) ->
         DifferentCode: the other end has other code under one of its names, and it cannot travel by value.
     """
     function = function_of(target)
+    known = known or {}
     modules = modules_of(function)
-    others = stale(modules, known or {})
+    others = stale(modules, known)
     reference = reference_to(target, function)
     if reference is not None and reference.partition(":")[0] not in others:
         return Encoded(False, reference.encode(), entries_of(modules.keys() - others), frozenset())
-    from .byvalue import dumps  # cloudpickle takes 8 ms to import
+    from .byvalue import pickled  # cloudpickle takes 8 ms to import
 
-    try:
-        code = dumps(function, others)
-    except (*FAULTS, pickle.PicklingError) as error:
-        if others:
-            raise DifferentCode(others, error) from error
-        raise
+    while True:
+        try:
+            code, named = pickled(function, others)
+        except (*FAULTS, pickle.PicklingError) as error:
+            if others:
+                raise DifferentCode(others, error) from error
+            raise
+        modules = modules_of(function, named)
+        more = stale(modules, known)
+        if more <= others:
+            break
+        others |= more  # what is of these modules is pickled next, and may name further ones
     return Encoded(True, code, entries_of(modules.keys() - others), frozenset(others))
 
 

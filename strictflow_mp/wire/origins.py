@@ -20,6 +20,7 @@ compiled, and what a module has imported by a name that is computed.
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -102,9 +103,10 @@ _imported: dict[str, _Imported] = {}
 
 def note(function: Any) -> None:
     """A task is being decorated: if that is in its module's own code, look at the file that is being executed."""
-    space = getattr(function, "__globals__", None)
-    name = getattr(function, "__module__", None)
-    if space is None or not isinstance(name, str) or name in MAINS:
+    name = _home(function)
+    # Not the function's own globals: those of what a decorator has made are its decorator's, and a cache has none.
+    space = getattr(sys.modules.get(name), "__dict__", None)
+    if space is None or name in MAINS:
         return
     try:
         frame = sys._getframe(2)
@@ -212,10 +214,14 @@ def is_same_file(one: str, other: str) -> bool:
 # Which modules
 
 
-def modules_of(target: Any) -> dict[str, frozenset[str]]:
-    """The modules that a function leads to, its own first; of each, those of them that it names."""
+def modules_of(target: Any, named: Iterable[str] = ()) -> dict[str, frozenset[str]]:
+    """The modules that a function leads to, its own first; of each, those of them that it names.
+
+    Args:
+        named: modules of what the function is made of (`byvalue.pickled`).
+    """
     function = function_of(target)
-    home = getattr(function, "__module__", None) or ""
+    home = _home(function)
     own = home.partition(".")[0]
     space = getattr(function, "__globals__", None)
     found: dict[str, frozenset[str]] = {}
@@ -223,13 +229,22 @@ def modules_of(target: Any) -> dict[str, frozenset[str]]:
     if (home in MAINS or _file_of_name(home) is None) and isinstance(space, dict):
         # Of what has no file, all that it can name.
         left = list(_modules_in(space.values()))
+    left += sorted(named)
     while left and len(found) < MAX_MODULES:
         name = left.pop(0)
         if name in found or not _is_followed(name, own):
             continue
-        found[name] = named = frozenset(other for other in _imports(name) if _is_followed(other, own))
-        left += sorted(named)
-    return {name: named & found.keys() for name, named in found.items()}
+        found[name] = others = frozenset(other for other in _imports(name) if _is_followed(other, own))
+        left += sorted(others)
+    return {name: others & found.keys() for name, others in found.items()}
+
+
+def _home(function: Any) -> str:
+    """The module that a function is of; a partial is of its function's."""
+    while isinstance(function, functools.partial):
+        function = function_of(function.func)
+    name = getattr(function, "__module__", None)
+    return name if isinstance(name, str) else ""
 
 
 def _file_of_name(name: str) -> str | None:

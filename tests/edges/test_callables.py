@@ -15,6 +15,10 @@ async def plain(value):
     return value
 
 
+def same(value):
+    return value
+
+
 def wrapped(function):
     @functools.wraps(function)
     def wrapper(*args):
@@ -56,6 +60,10 @@ CALLABLES = {
     "async method": CalledAsync().method,
     "staticmethod": staticmethod(plain),
     "builtin": abs,
+    "cache": functools.cache(same),
+    "lru_cache": functools.lru_cache(2, typed=True)(hidden(same)),
+    "partial of cache": functools.partial(functools.cache(same)),
+    "singledispatch": functools.singledispatch(same),
 }
 
 
@@ -90,6 +98,108 @@ def test_a_hidden_coroutine_reads_one_version_and_may_fail():
         with pytest.raises(LookupError, match="as asked"):
             look(True).result(30)
         assert flow.state["n"] == 2
+
+
+FUNCTOOLS = """
+import functools
+from strictflow_mp import StrictFlow, write
+
+@functools.cache
+def fib(n):
+    return n if n < 2 else fib(n - 1) + fib(n - 2)
+
+@functools.lru_cache(maxsize=5, typed=True)
+def over(n):
+    return n + OFFSET
+
+over.tag = "added"
+OFFSET = 3
+
+class Own:
+    pass
+
+@functools.singledispatch
+def kind(what):
+    return "any"
+
+@kind.register(Own)
+def _(what):
+    return "own"
+
+@kind.register(list)
+def _(what):
+    return [kind(one) for one in what]
+
+class Counted:
+    counted = 0
+
+    @functools.cached_property
+    def once(self):
+        self.counted += 1
+        return self.counted
+
+    @functools.lru_cache
+    def method(self, n):
+        return n
+
+    @functools.singledispatchmethod
+    def kind(self, what):
+        return "any"
+
+    @kind.register
+    def _(self, what: int):
+        return "int"
+
+    half = functools.partialmethod(method, 7)
+"""
+
+USED = {
+    "fib(30), fib.cache_info().misses": (832040, 31),
+    "over(1), over.cache_info().misses, over.cache_info().hits": (4, 1, 0),
+    "over.cache_parameters(), over.tag, over.__name__": ({"maxsize": 5, "typed": True}, "added", "over"),
+    "kind(Own()), kind([1, Own(), [Own()]]), kind.tag": ("own", ["any", "own", ["own"]], "added"),
+    "counted.once, counted.once, counted.method(1), counted.half()": (1, 1, 1, 7),
+    "counted.kind(1), counted.kind('')": ("int", "any"),
+}
+
+
+def test_what_functools_makes_in_a_main_program_is_there_in_its_tasks(run_python):
+    code = (
+        FUNCTOOLS
+        + f"""
+kind.tag = "added"
+counted = Counted()
+over(1)  # what is kept here stays here
+with StrictFlow() as flow:
+    for expression in {list(USED)}:
+        print(eval(f"write(flow)(lambda: [{{expression}}])().result(30)"))
+    for function, value in ((fib, 10), (over, 10), (kind, [1])):
+        print(write(flow)(function)(value).result(30))
+"""
+    )
+    done = run_python(code)
+    assert done.stderr == ""
+    *used, cached, evicting, dispatched = map(eval, done.stdout.splitlines())
+    assert dict(zip(USED, map(tuple, used), strict=True)) == USED
+    assert (cached, evicting, dispatched) == (55, 13, ["any"])
+
+
+def test_one_cache_stays_one_wherever_a_function_comes_past_it():
+    calls = []
+
+    def count(n):
+        calls.append(n)
+        return len(calls) + (again(n - 1) if n else 0)
+
+    again = functools.cache(count)
+    with StrictFlow() as flow:
+
+        @write(flow)
+        def task():
+            return again(2), again(2), again is count.__closure__[0].cell_contents, len(calls)
+
+        assert task().result(30) == (6, 6, True, 3)
+    assert calls == []
 
 
 def generator():

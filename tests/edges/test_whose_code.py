@@ -12,7 +12,7 @@ from importlib.util import source_hash
 
 import pytest
 
-from strictflow_mp import StrictFlow, StrictFlowError
+from strictflow_mp import StrictFlow, StrictFlowError, write
 from strictflow_mp.coordinator.library import Library
 from strictflow_mp.system.place import Place
 from strictflow_mp.wire import origins
@@ -149,6 +149,130 @@ def test_a_module_is_looked_for_where_its_process_looks_though_another_comes_fir
         assert program("one", 10, 1) == ["10", "10"]
 
 
+MADE = """
+import functools
+import helper, prices
+from strictflow_mp import StrictFlow, write
+
+flow = StrictFlow("whose")
+task = write(flow)({expression})
+"""
+
+HELPER = """
+import functools
+
+def call(function, *args, **more):
+    return function(*args, **more)
+
+def keyword(*args, function):
+    return function(*args)
+
+def closed(function):
+    def wrapper(*args):
+        return function(*args)
+    return wrapper
+
+def default(function):
+    def wrapper(*args, function=function):
+        return function(*args)
+    return wrapper
+
+def named(function):
+    return functools.wraps(functools.reduce)(closed(function))
+
+class Held:
+    def __init__(self, function):
+        self.functions = [{"it": function}]
+    def __call__(self, *args):
+        return self.functions[0]["it"](*args)
+    def method(self, *args):
+        return self(*args)
+    partialmethod = functools.partialmethod(method)
+"""
+
+PRICES = """
+FACTOR = {factor}
+def price(amount, number=1):
+    return amount * number * FACTOR
+class Prices:
+    def price(self, amount):
+        return price(amount)
+PRICES = Prices()
+"""
+
+MADE_OF = {
+    "a partial": "functools.partial(prices.price, 1)",
+    "a partial of a partial": "functools.partial(functools.partial(prices.price), number=1)",
+    "an argument of a partial": "functools.partial(helper.call, prices.price)",
+    "a keyword of a partial": "functools.partial(helper.keyword, function=prices.price)",
+    "a class": "functools.partial(helper.call, prices.Prices.price, None)",
+    "an object": "functools.partial(helper.call, prices.PRICES.price)",
+    "an object's attribute": "helper.Held(prices.price)",
+    "a method of such an object": "helper.Held(prices.price).method",
+    "a partialmethod of such an object": "helper.Held(prices.price).partialmethod",
+    "a method of an object of a module": "prices.PRICES.price",
+    "a closure": "helper.closed(prices.price)",
+    "a default": "helper.default(prices.price)",
+    "a wrapper that says that it is another": "helper.named(prices.price)",
+    "a wrapper of a wrapper": "functools.wraps(prices.price)(helper.closed(helper.default(prices.price)))",
+    "a cache": "functools.lru_cache(prices.price)",
+    "a cache of a closure": "functools.cache(helper.closed(functools.partial(prices.price, 1)))",
+    "a function of many": "functools.singledispatch(helper.closed(prices.price))",
+}
+
+
+@pytest.mark.parametrize("what", MADE_OF)
+def test_what_a_callable_is_made_of_counts_as_much_as_a_function(flow, tmp_path, run_python, what):
+    (tmp_path / "helper.py").write_text(HELPER)
+    (tmp_path / "tasks.py").write_text(MADE.format(expression=MADE_OF[what]))
+    for factor in (10, 99, 99):
+        (tmp_path / "prices.py").write_text(PRICES.format(factor=factor))
+        forget_bytecode(tmp_path)
+        done = run_python("import tasks; print(tasks.task(2).result(30))")
+        assert (done.stdout, done.stderr) == (f"{2 * factor}\n", "")
+
+
+def test_a_partial_whose_module_cannot_travel_by_value_is_refused_and_not_run_with_the_code_of_last_week(
+    flow, tmp_path, run_python
+):
+    (tmp_path / "helper.py").write_text("")
+    (tmp_path / "tasks.py").write_text(MADE.format(expression=MADE_OF["a partial"]))
+    said = []
+    for factor in ("10", "[99, threading.Lock()][0]"):
+        (tmp_path / "prices.py").write_text(
+            "import threading\nLOCK = threading.Lock()\ndef price(amount, number):\n    with LOCK: return 2 * " + factor
+        )
+        forget_bytecode(tmp_path)
+        run_python("")  # who begins after this one knows that it is younger than the file
+        said.append(run_python("import tasks; print(tasks.task(2).result(30))"))
+    assert (said[0].stdout, said[0].stderr) == ("20\n", "")
+    assert said[1].stdout == ""
+    assert f"module 'prices' ({tmp_path / 'prices.py'}) has changed since" in said[1].stderr
+
+
+def test_what_the_globals_of_a_main_program_are_made_of_counts_too(flow, tmp_path, run_python):
+    code = """
+        import functools, helper, prices
+        from strictflow_mp import StrictFlow, write
+
+        half = functools.partial(helper.call, functools.partial(prices.price, 1))
+        kept = {"price": [functools.cache(prices.price)]}
+
+        @write(StrictFlow("whose"))
+        def task(number):
+            return half(number), kept["price"][0](number)
+
+        del prices
+        print(*task(2).result(30))
+    """
+    (tmp_path / "helper.py").write_text(HELPER)
+    for factor in (10, 99):
+        (tmp_path / "prices.py").write_text(PRICES.format(factor=factor))
+        forget_bytecode(tmp_path)
+        done = run_python(code)
+        assert (done.stdout, done.stderr) == (f"{2 * factor} {2 * factor}\n", "")
+
+
 def load(folder, patch):
     """The module `tasks` of a program, as if this process were that."""
     patch.delitem(sys.modules, "tasks", raising=False)
@@ -222,6 +346,38 @@ def test_a_path_that_a_process_has_gained_since_it_attached_is_looked_at(flow, t
     tasks = load(folder, monkeypatch)
     assert tasks.price(2).result(30) == 22
     assert is_by_reference(flow, tasks.price)
+
+
+@pytest.mark.usefixtures("_without_tasks")
+@pytest.mark.parametrize("decorator", ["functools.cache", "functools.singledispatch", "inside()"])
+def test_a_module_that_is_younger_than_its_process_is_known_whatever_its_tasks_are_made_of(
+    flow, tmp_path, monkeypatch, decorator
+):
+    (tmp_path / "tasks.py").write_text(f"""
+import contextlib, functools
+from strictflow_mp import StrictFlow, write
+
+@contextlib.contextmanager
+def inside():
+    yield
+
+@write(StrictFlow("whose"))
+@{decorator}
+def price(amount):
+    return amount * 10
+""")
+    tasks = load(tmp_path, monkeypatch)
+    assert tasks.price(2).result(30) == 20
+    assert is_by_reference(flow, tasks.price)
+
+
+@pytest.mark.usefixtures("_without_tasks")
+def test_what_may_have_changed_and_cannot_travel_is_refused_with_its_one_file(flow, tmp_path, monkeypatch):
+    (tmp_path / "tasks.py").write_text("import threading\nLOCK = threading.Lock()\ndef f(): return LOCK.locked()\n")
+    tasks = load(tmp_path, monkeypatch)
+    with pytest.raises(StrictFlowError, match="has changed since it was loaded, or may have") as failure:
+        write(flow)(tasks.f)()
+    assert str(failure.value).count(str(tmp_path)) == 1
 
 
 def is_by_reference(flow, task):
