@@ -179,6 +179,11 @@ class Attachment:
             return False if self.segment.words[W_RESTARTS] == self.restarts else None
         return True if self.server_identity.is_here else None
 
+    @property
+    def may_serve(self) -> bool:
+        """Whether what has let us in has neither been lost nor stopped, and is not proved dead."""
+        return not self.is_lost and not self.gate.is_stopped() and self.is_served() is not False
+
     def introduced(self, task: Any, number: int) -> None:
         """The coordinator has been told of a task's function, and knows it as long as the task lives."""
         functions, unused = self.functions, self.unused

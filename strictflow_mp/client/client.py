@@ -90,8 +90,7 @@ class Client:
             self._place, self._user = place, os.getuid()
 
     def forget_place(self) -> None:
-        """Look for the flow anew at the next use; but a process that has become another user is told so by the former
-        place."""
+        """Look for the flow anew at the next use; but who has become another user is told so by the former place."""
         if not self.is_attached and self._user == os.getuid():
             self._place = None
 
@@ -115,8 +114,7 @@ class Client:
         if not self._attaching.acquire(blocking=False):
             began = time.monotonic()
             if not self._attaching.acquire(timeout=-1 if patience is None else patience):
-                text = f"another thread of this process still attaches, after {patience:g} s"
-                raise FlowNotRunning(text, flow=self.name)
+                raise FlowNotRunning(f"another thread of ours still attaches, after {patience:g} s", flow=self.name)
             waited = time.monotonic() - began
         try:
             attachment = self._attachment
@@ -144,8 +142,7 @@ class Client:
                     raise error.of(self.name) from error.__cause__
                 is_ours = welcome is None or is_shortage(error)  # a fault at this end
                 if not is_ours and isinstance(error, (OSError, KeyError, posix.Error)):
-                    text = f"it ended while this process attached ({error!r})"
-                    raise FlowNotRunning(text, flow=self.name) from error
+                    raise FlowNotRunning(f"it ended while this process attached ({error!r})", flow=self.name) from error
                 raise
             # EPOCH before REACH and the flags (`memory.gate.Gate.within_reach` has the fence): if it moves after this,
             # reads see that, and have the state bound anew.
@@ -185,6 +182,11 @@ class Client:
         attachment = self._attachment
         return attachment is not None and not attachment.is_lost
 
+    def is_served(self, place: Place) -> bool:
+        """Whether a coordinator is seen there, or this process is attached to one that is not proved dead."""
+        attachment = self._attachment
+        return place.is_inhabited() or (attachment is not None and attachment.may_serve)
+
     @property
     def is_attaching(self) -> bool:
         """Whether another thread attaches at this moment."""
@@ -207,9 +209,8 @@ class Client:
             self.state.unbind()
             self._place = None
         dismiss()  # the threads in which coroutines wait at the gate
-        if attachment is None:
-            return
-        self._leave(attachment)
+        if attachment is not None:
+            self._leave(attachment)
 
     def _leave(self, attachment: Attachment) -> None:
         with attachment.submitting:
@@ -246,8 +247,7 @@ class Client:
             attachment = self.attach()
             if not attachment.gate.is_stopped():
                 return attachment.reader
-            # Its memory would answer for ever. As at the gate: the next one, or an error.
-            self._reattach(attachment)
+            self._reattach(attachment)  # its memory would answer for ever; as at the gate: the next one, or an error
 
     def pass_gate(self, timeout: float | None = None) -> StoreReader:
         """Wait for every P1 task that was submitted before now; return the reader.

@@ -217,6 +217,7 @@ class Coordinator:
         """Open the door; nobody is let in yet. Return the socket, and the key that newcomers must know."""
         authkey = self._lease.new_key()
         listener = handshake.listen(self._lease.place.socket)
+        self._lease.note_door()
         sys.audit("strictflow_mp.start.listening")
         return listener, authkey
 
@@ -314,23 +315,28 @@ class Coordinator:
         os._exit(LEFT_EXIT_CODE)
 
     def _is_at_home(self) -> bool:
-        """Whether whoever looks for this flow finds us; a lock that was removed is put back, if that is all."""
-        if self._lease.is_held():
-            return True
+        """Whether whoever looks for this flow finds us; a lock that was removed is put back, if that is all.
+
+        False only when that is seen: that we cannot look proves nothing.
+        """
         assert self._segment is not None
-        whole = self._segment.is_named() and self._lease.place.answers()
-        if whole and self._lease.put_back():
-            logger.warning(
-                "flow %r: its lock file was removed, and is put back; see what removes files in %s",
-                self._name,
-                self._lease.place.directory,
-            )
-            return True
+        lease = self._lease
+        if self._segment.is_named() and lease.has_door():
+            if lease.is_held():
+                return True
+            try:
+                if lease.put_back():
+                    text = "flow %r: its lock file was removed, and is put back; see what removes files in %s"
+                    logger.warning(text, self._name, lease.place.directory)
+                    return True
+            except OSError:
+                return True  # out of descriptors, perhaps: we look again
         logger.critical(
-            "flow %r: its files in %s were removed, so that no process can find it: it ends, and its state with it; "
-            "see what removes files there (RemoveIPC=yes of systemd-logind, a cleaner of /tmp)",
+            "flow %r: its files in %s, or its shared memory %s, were removed, so that no process can find it: it ends, "
+            "and its state with it; see what removes them (RemoveIPC=yes of systemd-logind, a cleaner of /tmp)",
             self._name,
-            self._lease.place.directory,
+            lease.place.directory,
+            self._segment.name,
         )
         return False
 

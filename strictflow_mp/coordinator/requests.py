@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from ..core import READ_PRIORITY, WRITE_PRIORITY
-from ..errors import CoordinatorLost, FlowNotRunning, ProtocolError, SerializationError, StrictFlowError, TaskCrashed
+from ..errors import CoordinatorLost, FlowNotRunning, ProtocolError, SerializationError, TaskCrashed
 from ..memory.suspect import SLOT_SHIFT, loading_seq
 from ..system.paths import told_path
 from ..values.codec import check, pack
@@ -177,20 +177,10 @@ class Requests:
         session.functions[function_id] = Function(target, name, level, key, self._inside.timeout_of(timeout))
 
     def _reload(self, session: Session, seq: int, restarts: int) -> None:
-        try:
-            self.reply(session, seq, self.reloads.ask(session, seq, restarts, is_stopping=self.is_refusing))
-        except Wait:
-            pass
-        except StrictFlowError as error:
-            self._sessions.fail(session, seq, error)
+        self._answer(session, seq, lambda: self.reloads.ask(session, seq, restarts, is_stopping=self.is_refusing))
 
     def _adopt(self, session: Session, seq: int, always: bool) -> None:
-        try:
-            self.reloads.adopt(session, always=always, is_stopping=self.is_refusing)
-        except StrictFlowError as error:
-            self._sessions.fail(session, seq, error)
-        else:
-            self.reply(session, seq, None)
+        self._answer(session, seq, lambda: self.reloads.adopt(session, always=always, is_stopping=self.is_refusing))
 
     def _take_paths(self, session: Session, paths: tuple[Any, ...]) -> None:
         if not all(type(path) is str for path in paths):
@@ -220,7 +210,7 @@ class Requests:
         self.reply(session, seq, is_back)
 
     def _stats(self, session: Session, seq: int) -> None:
-        self.reply(session, seq, self._inside.stats())
+        self._answer(session, seq, self._inside.stats)
 
     def _stop_flow(self, session: Session, seq: int, drain: bool) -> None:
         self._stop_asked.append((session, seq))
@@ -257,15 +247,10 @@ class Requests:
             self.reply(waiting, asked, None)
 
     def _trace(self, session: Session, seq: int, directory: str, on: bool) -> None:
-        try:
-            if on:
-                self._recorder.start(session.tenant, directory)
-            else:
-                self._recorder.stop(directory)
-        except (OSError, ValueError, StrictFlowError) as error:
-            self._sessions.fail(session, seq, error)
-        else:
-            self.reply(session, seq, None)
+        recorder = self._recorder
+        self._answer(
+            session, seq, lambda: recorder.start(session.tenant, directory) if on else recorder.stop(directory)
+        )
 
     def _goodbye(self, session: Session, *rest: Any) -> None:
         session.said_goodbye = True  # before `close`: its slot may then be given back although it lives
@@ -292,6 +277,18 @@ class Requests:
     """All kinds but CALL and PUT."""
 
     # Answers to questions
+
+    def _answer(self, session: Session, seq: int, find: Callable[[], Any]) -> None:
+        """Answer a question with what *find* returns, or raises, unless that is `Wait`."""
+        try:
+            answer = find()
+        except Wait:
+            pass
+        except BaseException as error:
+            # Whatever it raises, it is the question's matter alone: a statistic may need a module that is not here.
+            self._sessions.fail(session, seq, error)
+        else:
+            self.reply(session, seq, answer)
 
     def reply(self, session: Session, seq: int, value: Any) -> None:
         """Answer a question."""

@@ -336,7 +336,7 @@ class Sessions:
         if session.is_open and not session.stream.send(data):
             self.epoll.modify(session.stream.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
-    def fail(self, session: Session, seq: int, error: Exception) -> None:
+    def fail(self, session: Session, seq: int, error: BaseException) -> None:
         """Answer a question that is no task with an exception."""
         self.send(session, frames.pack_frame(frames.FAILURE, seq, *pack_failure(error)))
 

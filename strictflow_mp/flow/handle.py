@@ -233,9 +233,9 @@ class StrictFlow:
     def is_running(self) -> bool:
         """Whether a coordinator serves this flow, or this process is about to start the next one."""
         owner = self._owner
-        if self._inside is not None or (owner.place if owner is not None else self._client.place).is_inhabited():
+        if self._inside is not None or (owner is not None and owner.is_alive):
             return True
-        return owner is not None and owner.is_alive
+        return self._client.is_served(owner.place if owner is not None else self._client.place)
 
     def close(self) -> None:
         """Detach this process. The flow goes on; a later use attaches again."""

@@ -67,11 +67,17 @@ class Backing:
             ) from error
 
     def is_named(self) -> bool:
-        """Whether the segment's name still leads to this memory: whoever attaches opens it by that."""
+        """Whether the segment's name still leads to this memory: whoever attaches opens it by that.
+
+        False only when that is seen. That we cannot look proves nothing: no descriptor is left, or we are another user
+        by now.
+        """
         try:
             other = posix.SharedMemory("/" + self._name)
-        except posix.Error:
+        except posix.ExistentialError:
             return False
+        except (posix.Error, OSError):
+            return True
         try:
             return self._fd < 0 or os.path.sameopenfile(other.fd, self._fd)
         finally:

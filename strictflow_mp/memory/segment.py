@@ -358,7 +358,7 @@ class Segment:
         self._mapping.close()
 
     def is_named(self) -> bool:
-        """Whether its name still leads to this memory: whoever attaches opens it by that."""
+        """Whether its name still leads to this memory, as far as we can see: whoever attaches opens it by that."""
         return self._backing.is_named()
 
     def unlink(self) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from ..errors import FlowExists
 from .descriptors import fill_standard
 from .place import Place, Resident, check_directory
+from .shortage import is_shortage
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -42,6 +43,19 @@ def _private_directory(path: Path) -> None:
     except FileExistsError:
         pass
     check_directory(path)
+
+
+def _file_at(path: Path) -> tuple[int, int] | None:
+    """Which file a path leads to; None when there is none.
+
+    Raises:
+        OSError: we may not look.
+    """
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _leads_to(path: Path, descriptor: int) -> bool:
@@ -96,6 +110,9 @@ class Lease:
         self.name = name
         self.former = former
         self._resident: Resident | None = None  # what we have written into it
+        # Which files key and socket were when the door was opened; empty until then. By them whoever attaches finds us.
+        # None: removed before we had noted it.
+        self._door: dict[Path, tuple[int, int] | None] = {}
         # The lock is held as long as this is open, here or in a child that has inherited it.
         self._descriptor = descriptor
 
@@ -163,24 +180,41 @@ class Lease:
         """Whether the lock that we hold is the one that others find: one that was removed counts for nothing."""
         return _leads_to(self.place.lock, self._descriptor)
 
+    def note_door(self) -> None:
+        """Key and socket are ours, and stay as they are now."""
+        self._door = {path: _file_at(path) for path in (self.place.key, self.place.socket)}
+
+    def has_door(self) -> bool:
+        """Whether key and socket are still ours, as far as we can see; to look takes no descriptor."""
+        try:
+            return all(file is not None and _file_at(path) == file for path, file in self._door.items())
+        except OSError:
+            return True  # we may not look there any more, which proves nothing
+
     def put_back(self) -> bool:
-        """Make the lock anew after somebody has removed it; False when another process has the place by now."""
+        """Make the lock anew after somebody has removed it; False when another process has the place by now.
+
+        Raises:
+            OSError: this process has run out of what that takes, or may not write there any more.
+        """
         if self._resident is None:
             return False
         fresh = self.place.lock.with_name("lock.new")
-        descriptor = -1
+        descriptor, is_ours = -1, False
         try:
             descriptor = os.open(fresh, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _write(descriptor, self._resident)  # before anybody finds it
             is_ours = _put_in_place(fresh, self.place)
-        except OSError:
-            is_ours = False
-        fresh.unlink(missing_ok=True)
-        if is_ours:
-            self._descriptor, descriptor = descriptor, self._descriptor
-        if descriptor >= 0:
-            os.close(descriptor)
+        except OSError as error:
+            if is_shortage(error) or isinstance(error, PermissionError):
+                raise
+        finally:
+            fresh.unlink(missing_ok=True)
+            if is_ours:
+                self._descriptor, descriptor = descriptor, self._descriptor
+            if descriptor >= 0:
+                os.close(descriptor)
         return is_ours
 
     def inscribe(self, resident: Resident) -> None:

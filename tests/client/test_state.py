@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from holding import has_a_sleeping_reader, held
 
-from strictflow_mp import ReadOnlyState, StrictFlow, StrictFlowError, read, write
+from strictflow_mp import ReadOnlyState, StrictFlow, StrictFlowError, TaskFailed, read, write
 from strictflow_mp.system.machine import FREE_THREADED
 from strictflow_mp.values.codec import pack
 
@@ -132,6 +132,34 @@ def test_stats_count_what_happened(flow, eventually):
             eventually(lambda: has_a_sleeping_reader(flow))
         assert waits.result() == "changed"
     assert flow.stats().readers_waited > 0
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"), [("module", ImportError), ("function", ZeroDivisionError), ("exit", TaskFailed)]
+)
+def test_statistics_that_cannot_be_had_are_the_matter_of_who_asks_alone(flow, broken, error):
+    @write(flow)
+    def set_psutil(how):
+        import sys
+        from types import SimpleNamespace
+
+        if how == "module":
+            sys.modules["psutil"] = None
+        elif how == "whole":
+            del sys.modules["psutil"]
+        else:
+            process = sys.exit if how == "exit" else lambda pid: pid // 0
+            sys.modules["psutil"] = SimpleNamespace(Process=process, Error=OSError)
+
+    pid = flow.stats().coordinator_pid
+    attachment = flow._client.attach()
+    set_psutil(broken).result()
+    with pytest.raises(error):
+        flow.stats()
+    assert flow.state["number"] == 7
+    set_psutil("whole").result()
+    assert (flow.stats().coordinator_pid, flow.stats().restarts) == (pid, 0)
+    assert flow._client.attach() is attachment  # and its connection goes on
 
 
 def is_shared(array):

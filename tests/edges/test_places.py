@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import logging
 import os
@@ -115,6 +116,46 @@ def test_a_flow_whose_files_were_removed_ends_and_leaves_the_next_of_its_name_al
         assert (seen.stdout, seen.stderr) == ("another\n", "")
     finally:
         other.stop_loop()
+
+
+@pytest.mark.parametrize("what", ["segment", "socket", "key", "socket and key", "socket, for another one"])
+def test_a_flow_that_no_newcomer_finds_any_more_ends_though_it_has_its_lock(what, flow, eventually, run_python):
+    place = Place.of(NAME)
+    if what == "segment":
+        posix.unlink_shared_memory(f"/sfmp-{resident(place).token}")
+    for path in (place.socket, place.key):
+        if path.name in what:
+            path.unlink()
+    if "another" in what:
+        place.socket.touch()
+    eventually(lambda: flow._owner is not None and flow._owner.wait(0.01))
+    assert flow._owner.child.exitcode == 0
+    with pytest.raises(FlowNotRunning):
+        _ = flow.state["n"]
+    assert not place.directory.exists()
+    with StrictFlow(NAME, state={"n": "another"}):
+        seen = run_python(f"from strictflow_mp import StrictFlow; print(StrictFlow({NAME!r}).state['n'])")
+    assert (seen.stdout, seen.stderr) == ("another\n", "")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EMFILE, ""), posix.PermissionsError("")])
+def test_that_the_segments_name_cannot_be_looked_at_does_not_say_that_it_is_gone(error, flow, monkeypatch):
+    def fail(*_):
+        raise error
+
+    segment = flow._client.attach().segment
+    monkeypatch.setattr(posix, "SharedMemory", fail)
+    assert segment.is_named()
+
+
+def test_a_flow_whose_place_is_out_of_sight_runs_as_long_as_its_coordinator_is_not_proved_dead(flow):
+    attachment = flow._client.attach()
+    # As after chroot, or of a process that may not look there any more.
+    attachment.place = flow._client._place = Place(attachment.place.directory / "out of sight")
+    other = StrictFlow(NAME)  # which has not started it
+    assert other.is_running
+    flow.stop_loop()
+    assert not other.is_running
 
 
 def test_a_stop_of_a_flow_whose_place_is_another_flows_by_now_does_not_reach_that(flow, run_python):

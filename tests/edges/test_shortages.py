@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from strictflow_mp import StrictFlow, write
+from strictflow_mp import StrictFlow, read, write
 from strictflow_mp.coordinator import admission
 from strictflow_mp.coordinator.admission import SHORTAGE_SECONDS, Admission, Door
 from strictflow_mp.flow.supervisor import Supervisor
@@ -51,6 +51,39 @@ def no_descriptors(pid: int, limit: int | None = None):
         yield
     finally:
         resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_coordinator_without_descriptors_is_at_home_though_it_cannot_put_its_lock_back_yet(eventually):
+    with StrictFlow("full", state={"n": 1}) as flow:
+
+        @write(flow)
+        def count_looks():
+            from strictflow_mp.system.lease import Lease
+
+            put_back = Lease.put_back
+            Lease.tries = 0
+
+            def counted(lease):
+                Lease.tries += 1
+                return put_back(lease)
+
+            Lease.put_back = counted
+
+        @read(flow)
+        def looks():
+            from strictflow_mp.system.lease import Lease
+
+            return Lease.tries
+
+        count_looks().result()
+        assert looks().result() == 0
+        place = Place.of("full")
+        before = place.resident()
+        with no_descriptors(before.pid):
+            place.lock.unlink()
+            eventually(lambda: looks().result() > 1)
+        eventually(lambda: place.is_inhabited() and place.resident() == before)
+        assert flow.stats().restarts == 0
 
 
 def test_a_coordinator_without_descriptors_refuses_newcomers_and_serves_the_others(run_python):

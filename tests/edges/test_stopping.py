@@ -15,7 +15,8 @@ from holding import held, is_inside
 
 from strictflow_mp import StrictFlow, StrictFlowError, TaskTimeout
 from strictflow_mp.flow import owner as owners
-from strictflow_mp.flow import supervisor
+from strictflow_mp.flow import stopping, supervisor
+from strictflow_mp.memory.leftovers import sweep
 from strictflow_mp.system.place import Place
 
 pytestmark = pytest.mark.once
@@ -166,6 +167,83 @@ def test_a_stop_that_finds_a_dead_coordinator_asks_the_next_one(flow, monkeypatc
         may_begin.set()
     assert stop.error is None
     assert not flow.is_running
+
+
+STOP_AFTER_A_KILL = """
+    import os, signal, sys
+    from strictflow_mp import StrictFlow, TaskTimeout
+    from strictflow_mp.system.place import Place
+
+    flow = StrictFlow("ending")
+    if sys.argv[1] == "closed again":
+        flow.state["n"]
+        flow.close()
+    os.kill(Place.of("ending").resident().pid, signal.SIGKILL)
+    try:
+        flow.stop_loop(timeout=float(sys.argv[2]) or None)
+    except TaskTimeout as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("before", ["never attached", "closed again"])
+def test_a_stop_of_a_process_that_is_not_attached_asks_the_next_coordinator_too(before, flow, eventually, run_python):
+    said = run_python(STOP_AFTER_A_KILL, before, 0)
+    assert (said.stdout, said.stderr) == ("", "")
+    eventually(lambda: not flow.is_running)
+    assert flow._owner.child.exitcode == 0  # the next one was asked, and has removed everything
+    assert not Place.of("ending").directory.exists()
+
+
+def test_a_stop_of_a_process_that_is_not_attached_keeps_its_timeout_when_no_coordinator_comes(
+    flow, monkeypatch, run_python
+):
+    launch, may_begin = owners.start_coordinator, threading.Event()
+
+    def late(*args):
+        may_begin.wait()
+        return launch(*args)
+
+    monkeypatch.setattr(owners, "start_coordinator", late)
+    try:
+        said = run_python(STOP_AFTER_A_KILL, "never attached", 0.2)
+    finally:
+        may_begin.set()
+    assert "has not ended" in said.stdout
+    assert not said.stderr
+
+
+@pytest.mark.parametrize("owner", ["has died", "starts nobody"])
+def test_a_stop_waits_for_nobody_where_no_owner_would_start_the_next_coordinator(
+    owner, eventually, run_python, monkeypatch
+):
+    class NoPauses:
+        def sleep(self, deadline):
+            pytest.fail("it waited")
+
+    monkeypatch.setattr(stopping, "Pauses", NoPauses)
+    if owner == "has died":
+        code = """
+            import os
+            from strictflow_mp import StrictFlow
+
+            flow = StrictFlow("ending", state={"n": 0})
+            flow.start_loop()
+            flow._owner._watcher.end()
+            flow._owner.child.kill()
+            flow._owner.child.wait()
+            os._exit(0)
+        """
+        assert not run_python(code).stderr
+        StrictFlow("ending").stop_loop()
+        assert len(sweep()) == 1
+    else:
+        flow = StrictFlow("ending", state={"n": 0}, restart=False)
+        flow.start_loop()
+        os.kill(coordinator(), signal.SIGKILL)
+        eventually(lambda: not flow.is_running)
+        StrictFlow("ending").stop_loop()
+        flow.stop_loop()
 
 
 def test_a_stop_does_not_wait_for_the_pause_before_the_next_try(flow, monkeypatch, eventually, caplog):
