@@ -176,7 +176,7 @@ class Segment:
         assert mapping.buf is not None
         self.buffer: memoryview = mapping.buf[:size]
         self.words = words_of(self.buffer)
-        self.memory = mapping.memory
+        self._whole = self.memory = mapping.memory
         position = W_RING + RING_RECORDS * RECORD_WORDS
         array = _round_up(slots, 8)
         self.submitted = position
@@ -306,11 +306,11 @@ class Segment:
         views; beyond it lie pages that do not exist, and in a full /dev/shm touching one is SIGBUS.
         """
         limit = max(self.arena, min(self.words[W_CLAIMED], self.size // WORD))  # whatever it says
-        return self.array(0, limit), memoryview(self.memory)[: limit * WORD]
+        return self.array(0, limit), memoryview(self._whole)[: limit * WORD]
 
     def array(self, start: int, count: int) -> memoryview:
         """Words from *start* on, as a view that has nothing in common with others: any thread may make one."""
-        return words_of(memoryview(self.memory)[: self.size])[start : start + count]
+        return words_of(memoryview(self._whole)[: self.size])[start : start + count]
 
     @property
     def words_claimed(self) -> int:

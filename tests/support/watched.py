@@ -90,6 +90,7 @@ class WatchedSegment(Segment):
         self.plain = self.words
         self.words = Watched(self.words, self._access)  # type: ignore[assignment]
         self.buffer = Watched(self.buffer, self._access)  # type: ignore[assignment]
+        self.memory = Watched(self.memory, self._access)  # type: ignore[arg-type, assignment]
 
     def claimed(self) -> Any:
         self.strayed += 1
