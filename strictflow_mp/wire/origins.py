@@ -50,6 +50,8 @@ MAX_MODULES = 512
 """Modules that a function leads to, at most: further ones are not looked at."""
 MAX_FRAMES = 8
 """Frames between a decorator and the module that it stands in, at most."""
+OURS = frozenset({"strictflow_mp", "cloudpickle"})
+"""What both ends have, wherever it lies: a frozen program has it beside its own modules. Pickles name it."""
 INSTALLED = frozenset({"site-packages", "dist-packages"})
 """Folders in which packages are installed."""
 SOURCES = (".py", ".pyc")
@@ -263,7 +265,7 @@ def _modules_in(values: Iterable[Any]) -> set[str]:
 
 def _is_followed(name: str, own: str) -> bool:
     top = name.partition(".")[0]
-    if top in MAINS or top == "strictflow_mp" or top in sys.stdlib_module_names:
+    if top in MAINS or top in OURS or top in sys.stdlib_module_names:
         return False
     file = _file_of_name(name)
     return file is not None and (top == own or INSTALLED.isdisjoint(file.split(os.sep)))
