@@ -629,6 +629,7 @@ def test_threads_that_fork_at_a_time_leave_one_watcher_of_the_coordinator(flow):
     assert [thread.name for thread in threading.enumerate()].count("strictflow-owner") == 1
 
 
+@pytest.mark.once
 def test_a_fork_beside_the_first_read_of_an_array_hangs_nobody(run_python):
     """NumPy is imported when it is first needed, and that takes long: at each instant of it another thread forks."""
     with StrictFlow("arrays-and-forks", state={"row": np.arange(5)}):
