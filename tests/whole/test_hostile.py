@@ -43,7 +43,6 @@ from strictflow_mp.wire import frames as wire
 from strictflow_mp.wire import handshake
 from strictflow_mp.wire.stream import Stream
 
-pytestmark = pytest.mark.once
 
 NAME = "hostile"
 MAX_WORKERS = 4
@@ -54,7 +53,10 @@ PATIENCE = 10
 MEMORY = 64 << 20
 """Bytes that the coordinator may take more, at any moment."""
 
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
 many = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
