@@ -43,7 +43,6 @@ from strictflow_mp.wire import frames as wire
 from strictflow_mp.wire import handshake
 from strictflow_mp.wire.stream import Stream
 
-
 NAME = "hostile"
 MAX_WORKERS = 4
 MAX_PENDING = 64
