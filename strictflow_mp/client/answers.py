@@ -130,7 +130,10 @@ def _read(attachment: Attachment, timeout: float | None) -> None:
     except (ValueError, OSError):
         if attachment.is_lost or attachment.stream is not stream:
             return  # another thread has closed it, or come back with a new one
-        raise
+        if not stream.is_closed:
+            raise
+        # A signal handler raised when it was ours already, and `_rejoin` closed it: the coordinator is reached anew.
+        is_open = False
     inbox = stream.inbox
     settle = attachment.settle_traced if attachment.words[W_TRACE] else attachment.settle
     while inbox:

@@ -198,6 +198,11 @@ class Stream:
         except OSError:
             pass  # it has ended
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether this end is closed."""
+        return self.socket.fileno() < 0
+
     def close(self) -> None:
         """Close this end."""
         self.end()
