@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import sys
-import threading
 from typing import TYPE_CHECKING, Any
 
 from .forks import in_child
@@ -19,27 +18,40 @@ if TYPE_CHECKING:
 
 __all__ = ["unbroken"]
 
-_off = threading.RLock()
-"""Held while the collector is off: so that no other thread finds it off, and leaves it so."""
+# No lock: a finalizer may run up to where the collector is off, and need what a thread has that waits for the lock.
+
+_inside: list[None] = []
+"""One for each call that is under way."""
+_was_on = False
+"""Whether the last of them turns the collector on again: not when the user has turned it off."""
 
 
 def _without_collector(steps: Iterator[Any]) -> Any:
-    with _off:
-        was_on = gc.isenabled()
-        try:
+    global _was_on
+    try:
+        _inside.append(None)
+        if gc.isenabled():
+            _was_on = True
             gc.disable()
-            return next(steps)
-        finally:
-            if was_on:
-                gc.enable()
+        return next(steps)
+    finally:
+        if _inside:
+            _inside.pop()
+        if not _inside and _was_on:
+            # In this order: who comes in between finds it off, and leaves that to us; who comes later turns it off.
+            _was_on = False
+            gc.enable()
 
 
-def _renew() -> None:
-    global _off
-    _off = threading.RLock()
+def _forget_others() -> None:
+    global _was_on
+    _inside.clear()
+    if _was_on:
+        _was_on = False
+        gc.enable()
 
 
-in_child(_renew)
+in_child(_forget_others)
 
 unbroken = next if sys.version_info >= (3, 12) else _without_collector
 """As `next` of an iterator that is made of `map` and of functions in C."""
