@@ -157,7 +157,7 @@ def unpack_failure(text: str, blob: bytes, *, flow: str) -> BaseException:
         text += f"\n(and it could not be rebuilt here: {words_of(trouble)})"
     if not _is_a(error, BaseException):
         error = TaskFailed(f"the task failed with what cannot be carried over: {last}", flow=flow)
-    if type(error) is TaskFailed and error.flow is None:
+    if _is_a(error, TaskFailed) and error.flow is None:
         error.flow = flow
     # Past a `__setattr__` that refuses: a frozen dataclass may be an exception too.
     _set_cause(error, RemoteTraceback(text))

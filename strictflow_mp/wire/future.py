@@ -187,10 +187,13 @@ class TaskFuture(Future[T]):
 
     def add_done_callback(self, fn: Callable[[Future[T]], object]) -> None:
         """Call ``fn(self)`` when the task has ended."""
+        self._when_done(fn, is_to_sleep=False)
+
+    def _when_done(self, fn: Callable[[Future[T]], object], *, is_to_sleep: bool) -> None:
         self.__dict__.setdefault("_callbacks", deque()).append(fn)
         # After that, see above: `_settle` looks at the callbacks when the state has changed.
         if self._state == _PENDING:
-            self._port.serve()
+            self._port.serve(is_to_sleep=is_to_sleep)
         else:
             self._call_back()
 
@@ -287,8 +290,7 @@ class TaskFuture(Future[T]):
                 except RuntimeError:
                     pass  # the loop was closed; nobody waits any more
 
-            self._port.serve(is_to_sleep=True)
-            self.add_done_callback(tell)
+            self._when_done(tell, is_to_sleep=True)
             try:
                 yield from arrived
             except asyncio.CancelledError:
