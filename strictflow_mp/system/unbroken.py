@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gc
 import sys
+from itertools import compress, starmap
+from operator import not_
 from typing import TYPE_CHECKING, Any
 
 from .forks import in_child
@@ -20,35 +22,42 @@ __all__ = ["unbroken"]
 
 # No lock: a finalizer may run up to where the collector is off, and need what a thread has that waits for the lock.
 
-_inside: list[None] = []
-"""One for each call that is under way."""
-_was_on = False
-"""Whether the last of them turns the collector on again: not when the user has turned it off."""
+_inside: dict[object, None] = {}
+"""One for each call that is under way. While there is any, the collector is off; but for an instant after it has been
+put here, and before its steps are taken."""
+_turned_off: dict[str, tuple[()]] = {}
+"""Under `_KEY` what `gc.enable` takes, when it is for us to turn it on again: not when the user had turned it off."""
+_KEY = "collector"
 
 
 def _without_collector(steps: Iterator[Any]) -> Any:
-    global _was_on
+    me = object()
     try:
-        _inside.append(None)
+        _inside[me] = None  # from here on nobody turns it on
         if gc.isenabled():
-            _was_on = True
+            _turned_off[_KEY] = ()
             gc.disable()
         return next(steps)
     finally:
-        if _inside:
-            _inside.pop()
-        if not _inside and _was_on:
-            # In this order: who comes in between finds it off, and leaves that to us; who comes later turns it off.
-            _was_on = False
-            gc.enable()
+        _inside.pop(me, None)
+        _turn_on()
+
+
+def _turn_on() -> None:
+    """Turn the collector on again, if nobody is inside.
+
+    In one C call: a thread that comes in between the look and that would find it off, and be inside when it goes on.
+    """
+    if_none = compress((_KEY,), map(not_, (_inside,)))
+    try:
+        next(starmap(gc.enable, map(_turned_off.pop, if_none)), None)
+    except KeyError:
+        pass  # it is not for us
 
 
 def _forget_others() -> None:
-    global _was_on
     _inside.clear()
-    if _was_on:
-        _was_on = False
-        gc.enable()
+    _turn_on()
 
 
 in_child(_forget_others)
