@@ -18,11 +18,12 @@ from __future__ import annotations
 import sys
 import threading
 from functools import partial
-from itertools import islice
+from itertools import islice, starmap
 from operator import eq, itemgetter
 from typing import TYPE_CHECKING
 
 from ..system.machine import FREE_THREADED
+from ..system.unbroken import unbroken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -104,7 +105,9 @@ class Turn:
         holder = self._holder.get(_HOLDER)
         if holder is None:
             return
-        frames = sys._current_frames()
+        # Unbroken: CPython holds a lock of its own meanwhile. A finalizer in the middle of that lets other threads run,
+        # and one that asks the same waits for it with the GIL.
+        frames = unbroken(starmap(sys._current_frames, ((),)))
         if FREE_THREADED:
             if holder[0] not in frames:
                 self._close(holder)  # its thread has ended

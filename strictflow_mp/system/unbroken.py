@@ -2,7 +2,8 @@
 
 A signal handler comes in between two bytecodes, never in the middle of one call of C. Before Python 3.12 a collection
 of garbage may, wherever that call makes a container (a slice, a view); and a collection runs finalizers, which may do
-anything: so it is held off there.
+anything: so it is held off there. Where CPython holds a lock of its own
+(`sys._current_frames`), a finalizer in which another thread gets the GIL, and asks the same, ends everything.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ _turned_off: dict[str, tuple[()]] = {}
 _KEY = "collector"
 
 
+_KEYS, _ALL = (_KEY,), (_inside,)
+
+
 def _without_collector(steps: Iterator[Any]) -> Any:
     me = object()
     try:
@@ -40,24 +44,18 @@ def _without_collector(steps: Iterator[Any]) -> Any:
         return next(steps)
     finally:
         _inside.pop(me, None)
-        _turn_on()
-
-
-def _turn_on() -> None:
-    """Turn the collector on again, if nobody is inside.
-
-    In one C call: a thread that comes in between the look and that would find it off, and be inside when it goes on.
-    """
-    if_none = compress((_KEY,), map(not_, (_inside,)))
-    try:
-        next(starmap(gc.enable, map(_turned_off.pop, if_none)), None)
-    except KeyError:
-        pass  # it is not for us
+        # If nobody is inside. In one C call: a thread that came in between the look and that would find it off, and be
+        # inside when it goes on.
+        try:
+            next(starmap(gc.enable, map(_turned_off.pop, compress(_KEYS, map(not_, _ALL)))), None)
+        except KeyError:
+            pass  # it is not for us
 
 
 def _forget_others() -> None:
     _inside.clear()
-    _turn_on()
+    if _turned_off.pop(_KEY, None) is not None:
+        gc.enable()
 
 
 in_child(_forget_others)

@@ -11,6 +11,8 @@ import pytest
 
 from strictflow_mp import FlowNotRunning, StrictFlow
 
+pytestmark = pytest.mark.once
+
 NAME = "stopped-and-started"
 
 OWNER = f"""

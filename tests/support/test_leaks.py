@@ -220,6 +220,7 @@ class TestRunPython:
             run_python("import time; print('so far', flush=True); time.sleep(60)", timeout=1)
 
 
+@pytest.mark.once
 class TestWholeRun:
     """The fixtures, in a run of pytest of their own."""
 

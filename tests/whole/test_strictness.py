@@ -22,6 +22,8 @@ from strictflow_mp import StrictFlow
 from strictflow_mp.memory.segment import Segment
 from strictflow_mp.memory.slot import PIN_WORDS
 
+pytestmark = pytest.mark.once
+
 ATTEMPTS = 3
 
 
