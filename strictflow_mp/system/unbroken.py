@@ -24,8 +24,8 @@ __all__ = ["unbroken"]
 # No lock: a finalizer may run up to where the collector is off, and need what a thread has that waits for the lock.
 
 _inside: dict[object, None] = {}
-"""The steps of each call that is under way. While there are any, the collector is off; but for an instant after they have
-been put here, and before they are taken."""
+"""The steps of each call that is under way. While there are any, the collector is off; but for an instant after they
+have been put here, and before they are taken."""
 _turned_off: deque[tuple[()]] = deque(maxlen=1)
 """Holds what `gc.enable` takes, when it is for us to turn it on again: not when the user had turned it off."""
 _ALL = (_inside,)
